@@ -1,0 +1,417 @@
+//! The ring of one worker: queue submissions, enter once, take completions.
+
+use std::io;
+use std::mem::ManuallyDrop;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::time::Duration;
+
+use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode, squeue};
+
+use crate::buffers::{BufferPool, Group};
+use crate::token::{Op, Token};
+
+/// How large a ring is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Setup {
+    /// Submissions that fit before the queue must be handed to the kernel. A power of two.
+    pub submissions: u32,
+    /// Shared buffers that exist at the start.
+    pub shared: u32,
+    /// Most shared buffers; rounded up to a power of two, at most 16,384.
+    pub shared_max: u32,
+    /// Most first buffers; rounded up to a power of two, at most 32,768. None exists at the start.
+    pub first_max: u32,
+    /// Bytes of one buffer.
+    pub buffer_bytes: u32,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            submissions: 1_024,
+            shared: 256,
+            shared_max: 1_024,
+            first_max: 8_192,
+            buffer_bytes: 16 * 1_024,
+        }
+    }
+}
+
+/// Why a ring could not be made: what the operator can change.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SetupError {
+    /// `EPERM`.
+    #[error(
+        "io_uring is forbidden here: the sysctl kernel.io_uring_disabled is not 0, or a seccomp profile (Docker's \
+         default one does) denies io_uring_setup; allow it for this process"
+    )]
+    Forbidden,
+    /// `ENOSYS`.
+    #[error("this kernel has no io_uring, or a sandbox hides it; Linux 6.1 or newer is needed")]
+    Missing,
+    /// `EINVAL`.
+    #[error("this kernel's io_uring is too old; Linux 6.1 or newer is needed ({step}: {source})")]
+    TooOld {
+        /// What was refused.
+        step: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// `ENOMEM`.
+    #[error(
+        "no memory for the ring ({step}: {source}); if `ulimit -l` (memlock) is small, raise it, else lower \
+         buffers_max"
+    )]
+    Memory {
+        /// What was refused.
+        step: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Anything else.
+    #[error("setting io_uring up failed at {step}: {source}")]
+    Other {
+        /// What was refused.
+        step: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+impl SetupError {
+    fn at(step: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| match source.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES) => Self::Forbidden,
+            Some(libc::ENOSYS) => Self::Missing,
+            Some(libc::EINVAL) => Self::TooOld { step, source },
+            Some(libc::ENOMEM) => Self::Memory { step, source },
+            _ => Self::Other { step, source },
+        }
+    }
+}
+
+/// The kernel refused to take submissions: the ring is unusable.
+#[derive(Debug, thiserror::Error)]
+#[error("io_uring_enter failed: {0}")]
+pub struct EnterError(#[from] io::Error);
+
+/// How long [`Ring::enter`] may wait for a completion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// Not at all.
+    No,
+    /// At most this long.
+    For(Duration),
+    /// Until there is one.
+    Forever,
+}
+
+/// Something that was submitted is done, or (multishot) has something to say.
+#[derive(Debug)]
+pub struct Completion {
+    /// What it is about.
+    pub token: Token,
+    /// 0 or more, or a negated errno.
+    pub result: i32,
+    /// More completions of this submission will come.
+    pub more: bool,
+    /// The buffer that holds the received bytes; it is held until [`BufferPool::release`].
+    pub buffer: Option<u16>,
+    /// The accepted connection.
+    pub socket: Option<OwnedFd>,
+}
+
+/// A ring and its buffers, for one thread.
+pub struct Ring {
+    ring: ManuallyDrop<IoUring>,
+    pool: ManuallyDrop<BufferPool>,
+    /// Addresses of queued connects. The kernel copies them when it consumes the submission.
+    addresses: Box<[libc::sockaddr_storage]>,
+    addresses_used: usize,
+    /// Submissions whose last completion has not come (those that complete silently are not counted).
+    in_flight: usize,
+    enters: u64,
+}
+
+impl Ring {
+    /// Makes the ring. It must be used on the thread that made it: the kernel checks (`IORING_SETUP_SINGLE_ISSUER`).
+    pub fn new(setup: Setup) -> Result<Self, SetupError> {
+        let mut builder = IoUring::builder();
+        builder
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_submit_all()
+            .setup_clamp()
+            .setup_cqsize(setup.submissions * 4);
+        let ring = builder.build(setup.submissions).map_err(SetupError::at("io_uring_setup"))?;
+        let mut pool = BufferPool::new(setup.shared_max, setup.first_max, setup.buffer_bytes)
+            .map_err(SetupError::at("reserving memory for buffers"))?;
+        for (address, entries, group) in pool.registrations() {
+            // SAFETY: the address is that of a mapping of `entries` buffer ring entries, page-aligned, which this struct
+            // keeps until after the ring is gone (see `Drop`).
+            unsafe { ring.submitter().register_buf_ring_with_flags(address, entries, group, 0) }
+                .map_err(SetupError::at("io_uring_register_buf_ring"))?;
+        }
+        pool.grow(Group::Shared, setup.shared);
+        // SAFETY: sockaddr_storage is a C struct of integers, for which all zeroes is a value (AF_UNSPEC).
+        let zeroed: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+        Ok(Self {
+            ring: ManuallyDrop::new(ring),
+            pool: ManuallyDrop::new(pool),
+            addresses: vec![zeroed; setup.submissions as usize].into(),
+            addresses_used: 0,
+            in_flight: 0,
+            enters: 0,
+        })
+    }
+
+    /// The receive buffers.
+    pub fn pool(&mut self) -> &mut BufferPool {
+        &mut self.pool
+    }
+
+    /// Submissions whose last completion has not come.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// System calls made to enter.
+    pub fn enters(&self) -> u64 {
+        self.enters
+    }
+
+    /// Completions that found the queue full. They are not lost (the kernel keeps them), but slow: the queue is too
+    /// small.
+    pub fn completion_overflows(&mut self) -> u32 {
+        self.ring.completion().overflow()
+    }
+
+    /// Accepts connections until cancelled or failed; each successful completion carries a socket.
+    pub fn accept(&mut self, listener: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        let entry = opcode::AcceptMulti::new(fd(listener)).flags(libc::SOCK_CLOEXEC).build();
+        self.push(&entry, token)
+    }
+
+    /// Connects; the result is 0 or a negated errno.
+    pub fn connect(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        address: &SocketAddr,
+        token: Token,
+    ) -> Result<(), EnterError> {
+        if self.addresses_used == self.addresses.len() {
+            self.submit()?;
+        }
+        let place = &mut self.addresses[self.addresses_used];
+        self.addresses_used += 1;
+        let length = write_address(place, address);
+        let entry = opcode::Connect::new(fd(socket), std::ptr::from_ref(place).cast(), length).build();
+        self.push(&entry, token)
+    }
+
+    /// Receives until cancelled, failed, at the end of the stream (result 0), or without a buffer of [`Group::Shared`]
+    /// (`ENOBUFS`). Each completion with bytes carries a buffer; how many come at once is up to the kernel.
+    pub fn recv_many(&mut self, socket: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.push(&opcode::RecvMulti::new(fd(socket), Group::Shared.id()).build(), token)
+    }
+
+    /// Receives once, into one buffer of the group; without one when bytes come, `ENOBUFS`.
+    pub fn recv_once(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        group: Group,
+        token: Token,
+    ) -> Result<(), EnterError> {
+        let recv = opcode::Recv::new(fd(socket), std::ptr::null_mut(), self.pool.buffer_bytes());
+        let recv = recv.buf_group(group.id()).build().flags(squeue::Flags::BUFFER_SELECT);
+        self.push(&recv, token)
+    }
+
+    /// Sends a part of a held buffer, all of it unless an error stops it halfway. The buffer must stay held until the
+    /// completion.
+    ///
+    /// # Panics
+    /// If the buffer is not held.
+    pub fn send(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        buffer: u16,
+        start: u32,
+        length: u32,
+        token: Token,
+    ) -> Result<(), EnterError> {
+        let address = self.pool.held_bytes(buffer, start, length);
+        let flags = libc::MSG_WAITALL | libc::MSG_NOSIGNAL;
+        self.push(&opcode::Send::new(fd(socket), address, length).flags(flags).build(), token)
+    }
+
+    /// One completion when there is something to read, the end of the stream, or an error.
+    pub fn poll_readable(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.poll(file, libc::POLLIN | libc::POLLRDHUP, token)
+    }
+
+    /// One completion when there is room to write, or an error.
+    pub fn poll_writable(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.poll(file, libc::POLLOUT, token)
+    }
+
+    fn poll(&mut self, file: BorrowedFd<'_>, events: libc::c_short, token: Token) -> Result<(), EnterError> {
+        self.push(&opcode::PollAdd::new(fd(file), events as u32).build(), token)
+    }
+
+    /// Cancels what was submitted with `target`. That still completes, with `ECANCELED` or as if never cancelled.
+    pub fn cancel(&mut self, target: Token) -> Result<(), EnterError> {
+        let cancel = opcode::AsyncCancel::new(target.encode()).build();
+        self.push_silent(cancel, Token::new(Op::Cancel, target.slot, target.generation))
+    }
+
+    /// Closes the descriptor after all that is queued for it. What is in flight keeps its file open: cancel it first.
+    pub fn close(&mut self, file: OwnedFd) -> Result<(), EnterError> {
+        let close = opcode::Close::new(Fd(file.into_raw_fd())).build();
+        self.push_silent(close, Token::new(Op::Close, 0, 0))
+    }
+
+    /// Hands all that is queued to the kernel and waits for a completion. One system call.
+    pub fn enter(&mut self, wait: Wait) -> Result<(), EnterError> {
+        self.enters += 1;
+        let want = usize::from(wait != Wait::No);
+        let result = match wait {
+            Wait::For(limit) => {
+                let limit = Timespec::from(limit);
+                self.ring.submitter().submit_with_args(want, &SubmitArgs::new().timespec(&limit))
+            }
+            Wait::No | Wait::Forever => self.ring.submitter().submit_and_wait(want),
+        };
+        self.entered(result)
+    }
+
+    /// Takes the completions that are there.
+    pub fn completions(&mut self, into: &mut Vec<Completion>) {
+        let pool = &mut self.pool;
+        let in_flight = &mut self.in_flight;
+        into.extend(self.ring.completion().filter_map(|entry| {
+            let token = Token::decode(entry.user_data())?;
+            let more = cqueue::more(entry.flags());
+            // Silent operations complete only when they fail, and were not counted.
+            if !more && !matches!(token.op, Op::Cancel | Op::Close) {
+                *in_flight -= 1;
+            }
+            let buffer = cqueue::buffer_select(entry.flags()).filter(|buffer| pool.take(*buffer));
+            let accepted = token.op == Op::Accept && entry.result() >= 0;
+            // SAFETY: a non-negative result of an accept is a descriptor that the kernel has just opened for us and told
+            // nobody else; each completion is taken from the queue once, so it has one owner.
+            let socket = accepted.then(|| unsafe { OwnedFd::from_raw_fd(entry.result()) });
+            Some(Completion { token, result: entry.result(), more, buffer, socket })
+        }));
+    }
+
+    fn push(&mut self, entry: &squeue::Entry, token: Token) -> Result<(), EnterError> {
+        self.queue(&entry.clone().user_data(token.encode()))?;
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    fn push_silent(&mut self, entry: squeue::Entry, token: Token) -> Result<(), EnterError> {
+        self.queue(&entry.user_data(token.encode()).flags(squeue::Flags::SKIP_SUCCESS))
+    }
+
+    fn queue(&mut self, entry: &squeue::Entry) -> Result<(), EnterError> {
+        loop {
+            // SAFETY: what the entry points to lives until the kernel is done with it: socket addresses in
+            // `self.addresses` until the queue is next handed over, buffer memory in `self.pool` as long as the ring.
+            // Its descriptor is borrowed or owned by the caller now, and is closed only through this same queue.
+            if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                return Ok(());
+            }
+            self.submit()?;
+        }
+    }
+
+    /// Hands over what is queued, without waiting: the queue is full.
+    fn submit(&mut self) -> Result<(), EnterError> {
+        self.enters += 1;
+        let result = self.ring.submit();
+        self.entered(result)
+    }
+
+    fn entered(&mut self, result: io::Result<usize>) -> Result<(), EnterError> {
+        let done = match result {
+            Ok(_) => Ok(()),
+            Err(error) => match error.raw_os_error() {
+                // A signal; the time is up; the kernel wants its completions taken first; it is short of memory for a
+                // moment. In all of these the caller takes completions and comes back.
+                Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN) => Ok(()),
+                _ => Err(EnterError(error)),
+            },
+        };
+        // With SUBMIT_ALL the kernel consumes the whole queue unless it was interrupted before.
+        if self.ring.submission().is_empty() {
+            self.addresses_used = 0;
+        }
+        done
+    }
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring").field("in_flight", &self.in_flight).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // Cancels everything and waits for it, a second at most.
+        let mut rest = Vec::new();
+        let _ = self.ring.submitter().register_sync_cancel(None, CancelBuilder::any());
+        for _ in 0..100 {
+            if self.in_flight == 0 || self.enter(Wait::For(Duration::from_millis(10))).is_err() {
+                break;
+            }
+            self.completions(&mut rest);
+            rest.clear();
+        }
+        let quiet = self.in_flight == 0;
+        // SAFETY: `drop` runs once and neither field is used after it.
+        unsafe { ManuallyDrop::drop(&mut self.ring) };
+        if quiet {
+            // SAFETY: as above; and the kernel has no operation left that could touch the buffers, else they leak.
+            unsafe { ManuallyDrop::drop(&mut self.pool) };
+        }
+    }
+}
+
+fn fd(file: BorrowedFd<'_>) -> Fd {
+    Fd(file.as_raw_fd())
+}
+
+/// Writes `address` in the kernel's form; returns its length.
+fn write_address(place: &mut libc::sockaddr_storage, address: &SocketAddr) -> libc::socklen_t {
+    match address {
+        SocketAddr::V4(v4) => {
+            let value = libc::sockaddr_in {
+                sin_family: libc::AF_INET as libc::sa_family_t,
+                sin_port: v4.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(v4.ip().octets()) },
+                sin_zero: [0; 8],
+            };
+            // SAFETY: sockaddr_storage is made to hold any socket address: large enough and aligned for it.
+            unsafe { std::ptr::from_mut(place).cast::<libc::sockaddr_in>().write(value) };
+            size_of::<libc::sockaddr_in>() as libc::socklen_t
+        }
+        SocketAddr::V6(v6) => {
+            let value = libc::sockaddr_in6 {
+                sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                sin6_port: v6.port().to_be(),
+                sin6_flowinfo: v6.flowinfo(),
+                sin6_addr: libc::in6_addr { s6_addr: v6.ip().octets() },
+                sin6_scope_id: v6.scope_id(),
+            };
+            // SAFETY: as above.
+            unsafe { std::ptr::from_mut(place).cast::<libc::sockaddr_in6>().write(value) };
+            size_of::<libc::sockaddr_in6>() as libc::socklen_t
+        }
+    }
+}
