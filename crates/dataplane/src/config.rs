@@ -1,0 +1,89 @@
+//! What the dataplane is told at its start. Values are parsed and checked by the binary; these are the checked ones.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use allocation::{PoolName, Publisher};
+
+/// All of it.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Worker threads; 0: one for each core that the process may use, each pinned to its own.
+    pub workers: usize,
+    /// Where to accept, and from which pool flows are served.
+    pub listeners: Vec<ListenerConfig>,
+    /// Bounds.
+    pub limits: Limits,
+    /// Times.
+    pub timeouts: Timeouts,
+    /// Addresses to connect to backends from, in turn; empty: as the kernel routes. Each brings some 28,000 ports for
+    /// each backend.
+    pub sources: Vec<IpAddr>,
+    /// Why the engine was taken, for `trimtab_engine_info`: `configured` or `probed`.
+    pub engine_reason: &'static str,
+}
+
+impl Config {
+    /// These listeners, everything else by default.
+    pub fn new(listeners: Vec<ListenerConfig>) -> Self {
+        Self {
+            workers: 0,
+            listeners,
+            limits: Limits::default(),
+            timeouts: Timeouts::default(),
+            sources: Vec::new(),
+            engine_reason: "probed",
+        }
+    }
+}
+
+/// One listener.
+#[derive(Debug, Clone)]
+pub struct ListenerConfig {
+    /// Where to accept. Port 0: any free one.
+    pub bind: SocketAddr,
+    /// The pool that serves its flows, for names and labels.
+    pub pool: PoolName,
+    /// The pool's table.
+    pub table: Publisher,
+}
+
+/// Bounds. At each there is a defined outcome and a counter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Flows open at once, over all workers; a client beyond it is reset (`sheds{reason="flows"}`). 0: as many as the
+    /// descriptors of the process (`RLIMIT_NOFILE`) allow, two each, with some kept back for control.
+    pub flows_max: u32,
+    /// Further backends that are tried when a connect fails; at most 7.
+    pub connect_retries: u8,
+    /// Receive buffers of 16 KiB for each worker, besides 1,024 that all flows share; they come into being as they are
+    /// needed. 0: two for each flow, so that no half can starve another; at most 32,768.
+    pub buffers_max: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { flows_max: 0, connect_retries: 2, buffers_max: 0 }
+    }
+}
+
+/// Times.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timeouts {
+    /// How long one connect to a backend may take.
+    pub connect: Duration,
+    /// How long a flow may go without a byte in either direction; `None`: for ever.
+    pub idle: Option<Duration>,
+    /// TCP keepalive: silence after which the kernel probes the peer, on both sides; `None`: it does not.
+    pub keepalive: Option<Duration>,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(5),
+            idle: Some(Duration::from_secs(3_600)),
+            keepalive: Some(Duration::from_secs(60)),
+        }
+    }
+}

@@ -1,0 +1,378 @@
+//! Binding, starting, draining and ending: the life of the dataplane as the binary sees it.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use allocation::telemetry::DataplaneView;
+use flow::Tuning;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::process::{Resource, getrlimit};
+use rustix::thread::{CpuSet, sched_getaffinity};
+use uring::{ProbeError, SetupError};
+
+use crate::clock::Clock;
+use crate::config::{Config, Limits};
+use crate::listen;
+use crate::pipes::PIPES_MAX;
+use crate::stats::{Stats, WorkerStats};
+use crate::worker::{Worker, WorkerSetup};
+
+/// Descriptors kept back from flows for rings, listeners, control, files; and for each worker's pipes.
+const DESCRIPTORS_RESERVED: u64 = 128;
+const DESCRIPTORS_PER_WORKER: u64 = 2 * PIPES_MAX as u64 + 8;
+
+/// Why the dataplane cannot start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// Somebody listens there already.
+    #[error(
+        "cannot listen on tcp://{address}: the port is in use; stop what listens there (`ss -ltnp`) or choose another"
+    )]
+    AddressInUse {
+        /// Where.
+        address: SocketAddr,
+    },
+    /// The address is not one of this host's, or the port needs a privilege.
+    #[error("cannot listen on tcp://{address}: {source}")]
+    Bind {
+        /// Where.
+        address: SocketAddr,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A source address is not one of this host's.
+    #[error("cannot connect from {address} (source_addresses): {source}; is it an address of this host?")]
+    Source {
+        /// Which.
+        address: IpAddr,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// io_uring does not work here.
+    #[error(transparent)]
+    Engine(#[from] ProbeError),
+    /// A worker could not make its ring.
+    #[error("worker {worker} could not start: {source}")]
+    Ring {
+        /// Which.
+        worker: usize,
+        /// Why.
+        source: SetupError,
+    },
+    /// The process may not have enough descriptors for a single flow.
+    #[error("the descriptor limit of {limit} is too low for any flow; raise it (`ulimit -n`, LimitNOFILE=)")]
+    Descriptors {
+        /// The limit.
+        limit: u64,
+    },
+    /// The kernel would not give a thread, an eventfd, or a listening state.
+    #[error("the dataplane could not start: {0}")]
+    System(#[from] io::Error),
+}
+
+/// A worker ended before it was told to.
+#[derive(Debug, thiserror::Error)]
+#[error("worker {worker} failed: {reason}")]
+pub struct WorkerFailed {
+    /// Which.
+    pub worker: usize,
+    /// Why.
+    pub reason: String,
+}
+
+/// Sockets are bound; nothing is accepted yet.
+#[derive(Debug)]
+pub struct Bound {
+    config: Config,
+    workers: usize,
+    pin: Vec<usize>,
+    addresses: Vec<SocketAddr>,
+    /// By listener, then by worker.
+    sockets: Vec<Vec<OwnedFd>>,
+    stats: Arc<Stats>,
+    clock: Clock,
+}
+
+/// The workers run.
+#[derive(Debug)]
+pub struct Dataplane {
+    threads: Vec<JoinHandle<Result<(), String>>>,
+    shared: Arc<Shared>,
+    addresses: Vec<SocketAddr>,
+    stats: Arc<Stats>,
+}
+
+/// What the workers are told while they run, and the one count they share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    /// Flows open over all workers.
+    pub(crate) flows_open: AtomicU32,
+    orders: Mutex<Orders>,
+    /// One for each worker, to wake it.
+    bells: Vec<OwnedFd>,
+}
+
+/// What the workers should do. It only ever moves on: run, drain, stop.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Orders {
+    /// Stop accepting; flows left after this long since the order are reset.
+    pub(crate) drain_within: Option<Duration>,
+    pub(crate) stop: bool,
+}
+
+impl Shared {
+    pub(crate) fn orders(&self) -> Orders {
+        *self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn order(&self, change: impl FnOnce(&mut Orders)) {
+        change(&mut self.orders.lock().unwrap_or_else(PoisonError::into_inner));
+        for bell in &self.bells {
+            // Fails only when the counter is full, and then it rings already.
+            let _ = rustix::io::write(bell, &1_u64.to_ne_bytes());
+        }
+    }
+
+    pub(crate) fn bell(&self, worker: usize) -> &OwnedFd {
+        &self.bells[worker]
+    }
+}
+
+/// Checks that io_uring works and binds every listener. Nothing is accepted before [`Bound::start`]; on any error
+/// nothing stays bound, and all errors are returned.
+pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
+    let mut errors = Vec::new();
+    if let Err(error) = uring::probe() {
+        errors.push(error.into());
+    }
+    let cores = allowed_cores();
+    let workers = if config.workers == 0 { cores.len().max(1) } else { config.workers };
+    let mut addresses = Vec::new();
+    let mut sockets = Vec::new();
+    for listener in &config.listeners {
+        match listen::listen(listener.bind, workers, &config.timeouts) {
+            Ok((address, bound)) => {
+                addresses.push(address);
+                sockets.push(bound);
+            }
+            Err(source) => errors.push(bind_error(listener.bind, source)),
+        }
+    }
+    for &address in &config.sources {
+        if let Err(source) = TcpListener::bind((address, 0)) {
+            errors.push(StartError::Source { address, source });
+        }
+    }
+    let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    if descriptors_reserved(workers) + 2 > descriptors {
+        errors.push(StartError::Descriptors { limit: descriptors });
+    }
+    if !errors.is_empty() {
+        return Err(errors);
+    }
+    let stats = Stats {
+        listeners: addresses.iter().copied().zip(config.listeners.iter().map(|l| l.pool.clone())).collect(),
+        workers: (0..workers).map(|_| Arc::new(WorkerStats::new(config.listeners.len()))).collect(),
+        engine_reason: config.engine_reason,
+        buffer_bytes: AtomicU64::new(0),
+    };
+    // Pinning fewer workers than cores would only forbid the scheduler to keep them apart from other work.
+    let pin = if workers == cores.len() { cores } else { Vec::new() };
+    Ok(Bound { config, workers, pin, addresses, sockets, stats: Arc::new(stats), clock: Clock::start() })
+}
+
+impl Bound {
+    /// Where the listeners are, in configuration order, with the ports that were really bound.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.addresses.clone()
+    }
+
+    /// The counters.
+    pub fn view(&self) -> Arc<dyn DataplaneView> {
+        Arc::clone(&self.stats) as Arc<dyn DataplaneView>
+    }
+
+    /// The origin of the dataplane's [`allocation::Timestamp`]s, for whoever reads [`allocation::LiveFacts`] beside it.
+    pub fn origin(&self) -> Instant {
+        self.clock.origin()
+    }
+
+    /// Starts the workers. When it returns, every listener accepts.
+    pub fn start(mut self) -> Result<Dataplane, StartError> {
+        let bells = (0..self.workers)
+            .map(|_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(io::Error::from)?;
+        let shared = Arc::new(Shared { flows_open: AtomicU32::new(0), orders: Mutex::default(), bells });
+        let (ready, started) = mpsc::channel();
+        let mut dataplane = Dataplane {
+            threads: Vec::new(),
+            shared: Arc::clone(&shared),
+            addresses: self.addresses.clone(),
+            stats: Arc::clone(&self.stats),
+        };
+        let clock = self.clock;
+        for worker in 0..self.workers {
+            let setup = self.worker_setup(worker, clock, &shared);
+            let ready = ready.clone();
+            let shared = Arc::clone(&shared);
+            let thread = std::thread::Builder::new().name(format!("worker-{worker}")).spawn(move || {
+                let result = Worker::start(setup);
+                let error = result.as_ref().err().map(ToString::to_string);
+                let (worker, outcome) = match result {
+                    Ok(worker) => (Some(worker), Ok(())),
+                    Err(error) => (None, Err(error)),
+                };
+                // The starter is waiting; if it has given up, the orders say so.
+                let _ = ready.send(outcome);
+                drop(ready);
+                let end = match worker {
+                    Some(worker) => worker.run().map_err(|error| error.to_string()),
+                    None => Err(error.unwrap_or_default()),
+                };
+                if end.is_err() {
+                    // One worker's listening sockets are gone: the others must not go on as if nothing happened.
+                    shared.order(|orders| orders.stop = true);
+                }
+                end
+            });
+            match thread {
+                Ok(thread) => dataplane.threads.push(thread),
+                Err(error) => return Err(dataplane.give_up(error.into())),
+            }
+        }
+        drop(ready);
+        for worker in 0..self.workers {
+            match started.recv() {
+                Ok(Ok(())) => {}
+                Ok(Err(source)) => return Err(dataplane.give_up(StartError::Ring { worker, source })),
+                Err(_) => {
+                    return Err(dataplane.give_up(io::Error::other("a worker ended at its start").into()));
+                }
+            }
+        }
+        Ok(dataplane)
+    }
+
+    fn worker_setup(&mut self, worker: usize, clock: Clock, shared: &Arc<Shared>) -> WorkerSetup {
+        let limits = self.config.limits;
+        let flows_max = flows_max(&limits, self.workers);
+        let listeners = self.sockets.iter_mut().zip(&self.config.listeners);
+        WorkerSetup {
+            worker,
+            core: self.pin.get(worker).copied(),
+            clock,
+            shared: Arc::clone(shared),
+            stats: Arc::clone(&self.stats.workers[worker]),
+            buffer_bytes: Arc::clone(&self.stats),
+            listeners: listeners.map(|(sockets, l)| (sockets.remove(0), l.table.reader())).collect(),
+            flows_max,
+            buffers_max: if limits.buffers_max == 0 {
+                flows_max.saturating_mul(2).max(256)
+            } else {
+                limits.buffers_max
+            },
+            keepalive: self.config.timeouts.keepalive,
+            sources: self.config.sources.clone(),
+            tuning: Tuning {
+                connect_timeout: self.config.timeouts.connect,
+                idle_timeout: self.config.timeouts.idle,
+                connect_retries: limits.connect_retries.min(allocation::Excluded::MAX as u8 - 1),
+                ..Tuning::default()
+            },
+        }
+    }
+}
+
+impl Dataplane {
+    /// The counters.
+    pub fn view(&self) -> Arc<dyn DataplaneView> {
+        Arc::clone(&self.stats) as Arc<dyn DataplaneView>
+    }
+
+    /// Where the listeners are, in configuration order.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.addresses.clone()
+    }
+
+    /// Stops accepting and lets flows end by themselves; those left after `within` are reset. Connections that were
+    /// already waiting to be accepted are still served. Returns at once.
+    pub fn drain(&self, within: Duration) {
+        self.shared.order(|orders| orders.drain_within = Some(within));
+    }
+
+    /// Resets every flow and ends. Returns at once.
+    pub fn stop(&self) {
+        self.shared.order(|orders| orders.stop = true);
+    }
+
+    /// Whether all workers have ended: drained, stopped, or one failed.
+    pub fn is_finished(&self) -> bool {
+        self.threads.iter().all(JoinHandle::is_finished)
+    }
+
+    /// Waits for the workers to end; says which failed first, and why.
+    pub fn join(self) -> Result<(), WorkerFailed> {
+        let mut first = Ok(());
+        for (worker, thread) in self.threads.into_iter().enumerate() {
+            let reason = match thread.join() {
+                Ok(Ok(())) => continue,
+                Ok(Err(reason)) => reason,
+                Err(_) => "it panicked, which is a bug in trimtab; please report it".to_owned(),
+            };
+            if first.is_ok() {
+                first = Err(WorkerFailed { worker, reason });
+            }
+        }
+        first
+    }
+
+    /// Ends what was started of a start that failed.
+    fn give_up(self, error: StartError) -> StartError {
+        self.stop();
+        // Each ends with the same error, or as told: this one is the one to report.
+        let _ = self.join();
+        error
+    }
+}
+
+fn bind_error(address: SocketAddr, source: io::Error) -> StartError {
+    match source.kind() {
+        io::ErrorKind::AddrInUse => StartError::AddressInUse { address },
+        _ => StartError::Bind { address, source },
+    }
+}
+
+fn descriptors_reserved(workers: usize) -> u64 {
+    DESCRIPTORS_RESERVED + workers as u64 * DESCRIPTORS_PER_WORKER
+}
+
+fn flows_max(limits: &Limits, workers: usize) -> u32 {
+    let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let for_flows = descriptors.saturating_sub(descriptors_reserved(workers));
+    let possible = u32::try_from(for_flows / 2).unwrap_or(u32::MAX);
+    if limits.flows_max == 0 {
+        // Nobody means a million flows by leaving a limit out; memory for their buffers would be reserved.
+        return possible.min(1_000_000);
+    }
+    if limits.flows_max > possible {
+        tracing::warn!(
+            flows_max = limits.flows_max,
+            possible,
+            "the descriptor limit (RLIMIT_NOFILE) allows fewer flows than flows_max; raise it"
+        );
+    }
+    limits.flows_max.min(possible)
+}
+
+fn allowed_cores() -> Vec<usize> {
+    sched_getaffinity(None)
+        .map_or_else(|_| vec![0], |set| (0..CpuSet::MAX_CPU).filter(|core| set.is_set(*core)).collect())
+}

@@ -1,0 +1,173 @@
+//! Counters: plain ones for each worker, summed when somebody looks.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use allocation::PoolName;
+use allocation::telemetry::{
+    CONNECT_SECONDS, Counter, DataplaneView, EngineSnapshot, FLOW_SECONDS, Histogram, ListenerSnapshot,
+};
+use flow::CloseReason;
+
+/// Why a flow was refused at a bound. A closed set: each is a metric label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Shed {
+    /// As many flows are open as may be.
+    Flows,
+    /// The process has no descriptor left.
+    Descriptors,
+    /// No local port is left towards the backends that were tried.
+    Ports,
+    /// The kernel has no memory for sockets.
+    Memory,
+}
+
+impl Shed {
+    const ALL: [Self; 4] = [Self::Flows, Self::Descriptors, Self::Ports, Self::Memory];
+
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Flows => "flows",
+            Self::Descriptors => "descriptors",
+            Self::Ports => "ports",
+            Self::Memory => "memory",
+        }
+    }
+}
+
+/// One worker's counts of one listener. The worker writes, anyone reads.
+#[derive(Debug)]
+pub(crate) struct ListenerStats {
+    pub(crate) opened: Counter,
+    pub(crate) bytes_to_backend: Counter,
+    pub(crate) bytes_to_client: Counter,
+    pub(crate) connect_retries: Counter,
+    closed: [Counter; CloseReason::ALL.len()],
+    sheds: [Counter; Shed::ALL.len()],
+    pub(crate) connect_seconds: Histogram,
+    pub(crate) flow_seconds: Histogram,
+}
+
+impl ListenerStats {
+    fn new() -> Self {
+        Self {
+            opened: Counter::default(),
+            bytes_to_backend: Counter::default(),
+            bytes_to_client: Counter::default(),
+            connect_retries: Counter::default(),
+            closed: Default::default(),
+            sheds: Default::default(),
+            connect_seconds: Histogram::new(&CONNECT_SECONDS),
+            flow_seconds: Histogram::new(&FLOW_SECONDS),
+        }
+    }
+
+    pub(crate) fn closed(&self, reason: CloseReason) {
+        self.closed[reason as usize].add(1);
+    }
+
+    pub(crate) fn shed(&self, reason: Shed) {
+        self.sheds[reason as usize].add(1);
+    }
+
+    fn open(&self) -> u64 {
+        self.opened.read().saturating_sub(self.closed.iter().map(Counter::read).sum())
+    }
+}
+
+/// One worker's counts, on cache lines of its own.
+#[derive(Debug)]
+#[repr(align(128))]
+pub(crate) struct WorkerStats {
+    pub(crate) listeners: Box<[ListenerStats]>,
+    pub(crate) buffers: Counter,
+    pub(crate) buffers_in_use: Counter,
+    pub(crate) enters: Counter,
+    pub(crate) completions: Counter,
+    pub(crate) buffer_waits: Counter,
+    pub(crate) spliced_bytes: Counter,
+    pub(crate) completion_overflows: Counter,
+}
+
+impl WorkerStats {
+    pub(crate) fn new(listeners: usize) -> Self {
+        Self {
+            listeners: (0..listeners).map(|_| ListenerStats::new()).collect(),
+            buffers: Counter::default(),
+            buffers_in_use: Counter::default(),
+            enters: Counter::default(),
+            completions: Counter::default(),
+            buffer_waits: Counter::default(),
+            spliced_bytes: Counter::default(),
+            completion_overflows: Counter::default(),
+        }
+    }
+}
+
+/// All workers' counts, for control.
+#[derive(Debug)]
+pub(crate) struct Stats {
+    pub(crate) listeners: Vec<(SocketAddr, PoolName)>,
+    pub(crate) workers: Vec<Arc<WorkerStats>>,
+    pub(crate) engine_reason: &'static str,
+    /// Bytes of one receive buffer, once the workers run.
+    pub(crate) buffer_bytes: AtomicU64,
+}
+
+impl Stats {
+    fn sum(&self, read: impl Fn(&WorkerStats) -> u64) -> u64 {
+        self.workers.iter().map(|worker| read(worker)).sum()
+    }
+}
+
+impl DataplaneView for Stats {
+    fn listeners(&self) -> Vec<ListenerSnapshot> {
+        let snapshot = |(index, (address, pool)): (usize, &(SocketAddr, PoolName))| {
+            let mut all = ListenerSnapshot {
+                name: format!("tcp://{address}"),
+                protocol: "tcp",
+                pool: pool.to_string(),
+                flows_opened: 0,
+                flows_open: 0,
+                bytes_to_backend: 0,
+                bytes_to_client: 0,
+                connect_retries: 0,
+                flows_closed: CloseReason::ALL.map(|reason| (reason.label(), 0)).to_vec(),
+                sheds: Shed::ALL.map(|reason| (reason.label(), 0)).to_vec(),
+                connect_seconds: Histogram::new(&CONNECT_SECONDS).snapshot(),
+                flow_seconds: Histogram::new(&FLOW_SECONDS).snapshot(),
+            };
+            for stats in self.workers.iter().map(|worker| &worker.listeners[index]) {
+                // Open before opened: a flow that comes in between is then counted as opened, never as open alone.
+                all.flows_open += stats.open();
+                all.flows_opened += stats.opened.read();
+                all.bytes_to_backend += stats.bytes_to_backend.read();
+                all.bytes_to_client += stats.bytes_to_client.read();
+                all.connect_retries += stats.connect_retries.read();
+                all.flows_closed.iter_mut().zip(&stats.closed).for_each(|(sum, n)| sum.1 += n.read());
+                all.sheds.iter_mut().zip(&stats.sheds).for_each(|(sum, n)| sum.1 += n.read());
+                all.connect_seconds.merge(&stats.connect_seconds.snapshot());
+                all.flow_seconds.merge(&stats.flow_seconds.snapshot());
+            }
+            all
+        };
+        self.listeners.iter().enumerate().map(snapshot).collect()
+    }
+
+    fn engine(&self) -> EngineSnapshot {
+        EngineSnapshot {
+            engine: "uring",
+            reason: self.engine_reason,
+            workers: self.workers.len(),
+            buffers: self.sum(|w| w.buffers.read()),
+            buffers_in_use: self.sum(|w| w.buffers_in_use.read()),
+            buffer_bytes: self.buffer_bytes.load(Relaxed),
+            enters: self.sum(|w| w.enters.read()),
+            completions: self.sum(|w| w.completions.read()),
+            buffer_waits: self.sum(|w| w.buffer_waits.read()),
+            spliced_bytes: self.sum(|w| w.spliced_bytes.read()),
+            completion_overflows: self.sum(|w| w.completion_overflows.read()),
+        }
+    }
+}
