@@ -1,0 +1,87 @@
+//! How long a pool's next table takes to make: `cargo bench -p trimtab-registry`. The budget is 150 us at 10,000
+//! resources.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "what is measured is time; the crate itself never reads a clock"
+)]
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use allocation::{Policy, Timestamp};
+use registry::{
+    Config, PoolConfig, RawRegistration, RawUtilization, Readiness, Registration, Registry, Report,
+    Utilization,
+};
+
+const ROUNDS: usize = 400;
+
+fn main() {
+    println!(
+        "{:>10} {:>10} {:>10} {:>10} {:>10}",
+        "resources", "least us", "median us", "p90 us", "report ns"
+    );
+    for count in [100, 1_000, 10_000] {
+        let registry = registry_of(count);
+        let (mut rebuilds, mut reports) = (Vec::new(), Vec::new());
+        for round in 0..ROUNDS {
+            let now = Timestamp::from_millis(5_000 + 20 * round as u64);
+            // A few reports between two tables, as in operation.
+            let each = 50;
+            let batch: Vec<Report> =
+                (0..each).map(|n| report((round * each + n * 7) % count, round)).collect();
+            let start = Instant::now();
+            for report in batch {
+                black_box(registry.report(report, now)).expect("registered");
+            }
+            reports.push(start.elapsed() / each as u32);
+            let start = Instant::now();
+            let tables = black_box(registry.rebuild(now));
+            rebuilds.push(start.elapsed());
+            assert_eq!(tables.len(), 1);
+        }
+        rebuilds.sort_unstable();
+        reports.sort_unstable();
+        let micros = |d: Duration| d.as_secs_f64() * 1e6;
+        let at = |part: usize| micros(rebuilds[(ROUNDS - 1) * part / 100]);
+        let report = micros(reports[ROUNDS / 2]) * 1e3;
+        println!("{count:>10} {:>10.1} {:>10.1} {:>10.1} {report:>10.0}", at(0), at(50), at(90));
+    }
+}
+
+fn registry_of(count: usize) -> Registry {
+    let pool =
+        PoolConfig { name: "sql".parse().expect("a name"), policy: Policy::Adaptive, flows_max_default: 0 };
+    let registry = Registry::new(Config { pools: vec![pool], ..Config::default() }).expect("one pool");
+    for n in 0..count {
+        let raw = RawRegistration {
+            id: format!("pg{n}"),
+            pool: "sql".into(),
+            address: format!("10.{}.{}.{}:5432", n >> 16, (n >> 8) & 255, n & 255),
+            incarnation: 1,
+            report_interval: Some(Duration::from_secs(60)),
+            ..RawRegistration::default()
+        };
+        registry.register(Registration::parse(raw).expect("valid"), Timestamp::ZERO).expect("room");
+    }
+    for n in 0..count {
+        registry.report(report(n, 0), Timestamp::from_millis(1_000)).expect("registered");
+    }
+    registry.rebuild(Timestamp::from_millis(4_000));
+    registry
+}
+
+fn report(n: usize, round: usize) -> Report {
+    let raw = RawUtilization {
+        cpu: 0.2 + 0.5 * ((n * 31 + round) % 100) as f64 / 100.0,
+        memory: 0.4,
+        rate: 100.0 + (n % 50) as f64,
+        ..RawUtilization::default()
+    };
+    Report {
+        id: format!("pg{n}").parse().expect("a name"),
+        incarnation: 1,
+        readiness: Readiness::Ready,
+        utilization: Utilization::parse(raw).expect("valid"),
+    }
+}

@@ -1,0 +1,52 @@
+//! trimtab's pure registry: who is registered, how busy each one says it is, and the policy that makes an allocation
+//! table of it.
+//!
+//! ```text
+//! Registration::parse, Utilization::parse      at the edge: every bound checked, every refusal says whose fault
+//!        |
+//! Registry::register / report / deregister / drain / ready      marks the pool dirty
+//!        |
+//! Registry::expire, Registry::rebuild          on the tick: policy::allocate -> AllocationTable
+//! ```
+//!
+//! * It owns registrations, leases, utilization and weights. It does not own a clock ([`allocation::Timestamp`] is an
+//!   argument), a socket, or the wire's types: the shell parses messages into the types here.
+//! * Every resource is in one pool. What is kept of it goes when it deregisters or its lease expires; nothing grows
+//!   with what a peer sends beyond the named bounds ([`Limits`], [`ENTRIES_MAX`], [`KEY_BYTES_MAX`]).
+//! * Locks: an entry of the map first, then its pool, never the other way round, and never two pools.
+#![forbid(unsafe_code)]
+
+mod columns;
+pub mod policy;
+mod pool;
+mod registration;
+mod registry;
+mod status;
+mod utilization;
+
+pub use registration::{RawRegistration, Registration, RegistrationError};
+pub use registry::{
+    Config, ConfigError, DeregisterError, Limits, PoolConfig, Readiness, Rebuilt, RegisterError, Registered,
+    Registry, Report, ReportError, UnknownPool, UnknownResource,
+};
+pub use status::{
+    Candidate, Explanation, LeftOut, Note, PoolStatus, ResourceState, ResourceStatus, Standing, StateCounts,
+};
+pub use utilization::{Field, KeyFault, RawUtilization, Utilization, UtilizationError};
+
+/// Most entries of a map that a resource sends: labels, dimensions, named metrics.
+pub const ENTRIES_MAX: usize = 64;
+/// Longest key of such a map, in bytes.
+pub const KEY_BYTES_MAX: usize = 64;
+
+/// Whether `key` may name a label, a dimension or a metric: 1 to [`KEY_BYTES_MAX`] characters of the alphabet of names.
+fn key_fault(key: &str) -> Option<KeyFault> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | ':' | '/' | '-');
+    if key.is_empty() {
+        Some(KeyFault::Empty)
+    } else if key.len() > KEY_BYTES_MAX {
+        Some(KeyFault::TooLong { length: key.len() })
+    } else {
+        key.chars().find(|c| !plain(*c)).map(|found| KeyFault::Character { found })
+    }
+}
