@@ -1,0 +1,255 @@
+//! trimtab's control shell: gRPC services, the tick that rebuilds tables, metrics over HTTP.
+//!
+//! ```text
+//! gRPC  RegistrationService, AdminService  -> registry::Registry       parsed at the first line of each handler
+//! tick  Registry::expire, ::rebuild        -> allocation::Publisher    woken by changes and by the next deadline
+//! HTTP  /metrics /livez /readyz            <- Registry, DataplaneView  read when asked
+//! ```
+//!
+//! * It owns the sockets of control, the tick and the process's [`Phase`] as others see it. It does not own the
+//!   dataplane, which it knows as an [`allocation::telemetry::DataplaneView`] only, and does not decide: that is
+//!   `registry`.
+//! * Everything a peer sends is bounded: connections, streams, messages, their size and rate, and how long someone may
+//!   say nothing.
+#![forbid(unsafe_code)]
+
+mod admin;
+mod clock;
+mod grpc;
+mod guarded;
+mod http;
+mod metrics;
+mod parse;
+mod registration;
+mod tick;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use allocation::telemetry::DataplaneView;
+use allocation::{Policy, PoolName, Publisher};
+use registry::{ConfigError, Limits, PoolConfig, Registry};
+use tokio::net::TcpListener;
+use tokio::sync::{Notify, watch};
+
+use crate::clock::Clock;
+use crate::metrics::Metrics;
+
+/// Where the process is in its life. One for all of it: whoever changes it tells everyone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Phase {
+    /// Sockets are bound; it does not accept flows yet.
+    Starting,
+    /// It accepts flows.
+    Ready,
+    /// It accepts none; open ones end by themselves until a deadline.
+    Draining,
+    /// All flows have ended, or the deadline has passed.
+    Terminated,
+}
+
+impl Phase {
+    /// Its name in output.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+            Self::Terminated => "terminated",
+        }
+    }
+}
+
+/// A pool, and where its tables go.
+#[derive(Debug, Clone)]
+pub struct Pool {
+    /// Its name.
+    pub name: PoolName,
+    /// How it selects.
+    pub policy: Policy,
+    /// Where its tables are published.
+    pub publisher: Publisher,
+    /// The listeners that serve it, for people to read.
+    pub listeners: Vec<String>,
+    /// Most flows at once of a resource that states no limit of its own; 0: none.
+    pub flows_max_default: u32,
+}
+
+/// What control is started with.
+pub struct ControlConfig {
+    /// Where gRPC is served.
+    pub listen: SocketAddr,
+    /// Where `/metrics`, `/livez` and `/readyz` are served.
+    pub http: SocketAddr,
+    /// Serve gRPC in clear text beyond loopback.
+    pub insecure: bool,
+    /// The balancer's identity, new with every start of its process.
+    pub balancer_id: String,
+    /// The version of the program.
+    pub version: String,
+    /// Every pool there will be.
+    pub pools: Vec<Pool>,
+    /// The dataplane, as far as control sees it.
+    pub dataplane: Arc<dyn DataplaneView>,
+    /// The origin of the process's [`allocation::Timestamp`]s; the dataplane's must be the same.
+    pub origin: Instant,
+    /// How long a resource that joins established ones takes to its full weight.
+    pub slow_start: Duration,
+    /// Most resources in one pool.
+    pub resources_max: usize,
+}
+
+/// Why control cannot start: the operator's to mend.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Clear text beyond loopback was not asked for.
+    #[error(
+        "control.listen {address} is not a loopback address: anyone who reaches it could register and drain resources. \
+         Listen on 127.0.0.1 or [::1], or set control.insecure = true if the network is trusted"
+    )]
+    Insecure {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// The socket cannot be bound.
+    #[error("{key} cannot listen on {address}: {source}. {}", bind_hint(source))]
+    Bind {
+        /// `control.listen` or `http.listen`.
+        key: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The pools are no pools.
+    #[error(transparent)]
+    Pools(#[from] ConfigError),
+}
+
+fn bind_hint(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            "Another process listens there (`ss -ltnp` says which): stop it, or take another port"
+        }
+        std::io::ErrorKind::AddrNotAvailable => "No interface of this host has that address",
+        std::io::ErrorKind::PermissionDenied => {
+            "Ports below 1024 need CAP_NET_BIND_SERVICE: take a higher one"
+        }
+        _ => "Check the address",
+    }
+}
+
+/// Why control ended before it was told to: a fault of ours, or of the machine.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The gRPC server failed.
+    #[error("the gRPC server failed: {0}")]
+    Grpc(#[from] tonic::transport::Error),
+}
+
+/// What the parts of control share.
+struct Shared {
+    registry: Registry,
+    clock: Clock,
+    pools: Vec<Pool>,
+    balancer_id: String,
+    /// Something changed that a table may follow from.
+    changed: Notify,
+    metrics: Metrics,
+    dataplane: Arc<dyn DataplaneView>,
+    phase: watch::Receiver<Phase>,
+}
+
+/// Control with its sockets bound, before it serves.
+pub struct Control {
+    config: ControlConfig,
+    registry: Registry,
+    grpc: TcpListener,
+    http: TcpListener,
+    grpc_address: SocketAddr,
+    http_address: SocketAddr,
+}
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control").field("grpc", &self.grpc_address).field("http", &self.http_address).finish()
+    }
+}
+
+impl Control {
+    /// Binds both sockets.
+    ///
+    /// # Errors
+    /// See [`StartError`]; nothing stays bound then.
+    pub async fn bind(config: ControlConfig) -> Result<Self, StartError> {
+        if !config.listen.ip().to_canonical().is_loopback() {
+            if !config.insecure {
+                return Err(StartError::Insecure { address: config.listen });
+            }
+            tracing::warn!(
+                address = %config.listen,
+                "control listens beyond loopback in clear text: anyone who reaches it can register and drain resources"
+            );
+        }
+        let registry = Registry::new(registry::Config {
+            pools: config.pools.iter().map(pool_config).collect(),
+            limits: Limits { resources_max: config.resources_max },
+            slow_start: config.slow_start,
+        })?;
+        let (grpc, grpc_address) = bind("control.listen", config.listen).await?;
+        let (http, http_address) = bind("http.listen", config.http).await?;
+        Ok(Self { config, registry, grpc, http, grpc_address, http_address })
+    }
+
+    /// Where gRPC is served, with the port that was really bound.
+    pub fn control_address(&self) -> SocketAddr {
+        self.grpc_address
+    }
+
+    /// Where HTTP is served, with the port that was really bound.
+    pub fn http_address(&self) -> SocketAddr {
+        self.http_address
+    }
+
+    /// Serves until the phase is [`Phase::Terminated`], or nobody is left to change it.
+    ///
+    /// # Errors
+    /// See [`RunError`].
+    pub async fn run(self, phase: watch::Receiver<Phase>) -> Result<(), RunError> {
+        let config = self.config;
+        let shared = Arc::new(Shared {
+            registry: self.registry,
+            clock: Clock::new(config.origin),
+            pools: config.pools,
+            balancer_id: config.balancer_id,
+            changed: Notify::new(),
+            metrics: Metrics::new(&config.version),
+            dataplane: config.dataplane,
+            phase: phase.clone(),
+        });
+        let tick = tokio::spawn(tick::run(Arc::clone(&shared)));
+        let http = tokio::spawn(http::serve(self.http, Arc::clone(&shared)));
+        let served = grpc::serve(self.grpc, shared).await;
+        tick.abort();
+        http.abort();
+        served
+    }
+}
+
+fn pool_config(pool: &Pool) -> PoolConfig {
+    PoolConfig { name: pool.name.clone(), policy: pool.policy, flows_max_default: pool.flows_max_default }
+}
+
+async fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    let failed = |source| StartError::Bind { key, address, source };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    Ok((listener, bound))
+}
+
+/// Returns once the phase is at least `wanted`, or nobody is left to change it.
+async fn reached(mut phase: watch::Receiver<Phase>, wanted: Phase) {
+    // The error says that the sender is gone: the process ends.
+    let _ = phase.wait_for(|now| *now >= wanted).await;
+}

@@ -1,0 +1,276 @@
+//! What `/metrics` shows, by the names of the design.
+//!
+//! Series whose labels are known at start (listeners, pools, reasons) live in a recorder of the `metrics` crates, of our
+//! own and not the process's. Series of resources are written anew at each scrape from the registry, so they go when
+//! the resource goes; so are the dataplane's histograms, whose buckets it counts itself.
+
+mod text;
+
+use ::metrics::{Counter, counter, describe_counter, describe_gauge, gauge, with_local_recorder};
+use allocation::telemetry::{EngineSnapshot, HistogramSnapshot, ListenerSnapshot};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use registry::{PoolStatus, ResourceState, ResourceStatus};
+
+use self::text::Text;
+use crate::Shared;
+
+/// What became of a report.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum ReportResult {
+    Accepted,
+    /// It had a value that no report may have.
+    Refused,
+    /// It was of a resource or an incarnation that is not registered.
+    Unknown,
+}
+
+/// The metrics of one process.
+pub(crate) struct Metrics {
+    recorder: PrometheusRecorder,
+    handle: PrometheusHandle,
+    /// By [`ReportResult`].
+    reports: [Counter; 3],
+    registrations: Counter,
+    expirations: Counter,
+    version: String,
+}
+
+impl Metrics {
+    pub(crate) fn new(version: &str) -> Self {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let handle = recorder.handle();
+        let (reports, registrations, expirations) = with_local_recorder(&recorder, || {
+            describe();
+            let reports = ["accepted", "refused", "unknown"]
+                .map(|result| counter!("trimtab_reports_total", "source" => "push", "result" => result));
+            (reports, counter!("trimtab_registrations_total"), counter!("trimtab_leases_expired_total"))
+        });
+        Self { recorder, handle, reports, registrations, expirations, version: version.to_owned() }
+    }
+
+    pub(crate) fn reported(&self, result: ReportResult) {
+        self.reports[result as usize].increment(1);
+    }
+
+    pub(crate) fn registered(&self) {
+        self.registrations.increment(1);
+    }
+
+    pub(crate) fn expired(&self) {
+        self.expirations.increment(1);
+    }
+
+    /// The page.
+    pub(crate) fn render(&self, shared: &Shared) -> String {
+        let now = shared.clock.now();
+        let listeners = shared.dataplane.listeners();
+        let pools = shared.registry.pools(now);
+        let resources = shared.registry.resources(None, now).unwrap_or_default();
+        with_local_recorder(&self.recorder, || {
+            gauge!("trimtab_build_info", "version" => self.version.clone()).set(1.0);
+            listeners.iter().for_each(observe_listener);
+            pools.iter().for_each(observe_pool);
+            observe_engine(&shared.dataplane.engine());
+        });
+        let mut text = Text::default();
+        write_histograms(&mut text, &listeners);
+        write_resources(&mut text, &resources);
+        write_process(&mut text);
+        let mut page = self.handle.render();
+        page.push_str(&text.into_string());
+        page
+    }
+}
+
+fn describe() {
+    describe_gauge!("trimtab_build_info", "The version that runs; always 1.");
+    describe_counter!(
+        "trimtab_reports_total",
+        "Reports of resources, by where they came from and what became of them."
+    );
+    describe_counter!("trimtab_registrations_total", "Registrations made; renewals are not counted.");
+    describe_counter!("trimtab_leases_expired_total", "Registrations that ended because no report came.");
+    describe_counter!("trimtab_flows_opened_total", "Flows accepted from clients.");
+    describe_gauge!("trimtab_flows_open", "Flows open now.");
+    describe_counter!("trimtab_flows_closed_total", "Flows ended, by reason.");
+    describe_counter!("trimtab_bytes_total", "Bytes delivered, by direction.");
+    describe_counter!(
+        "trimtab_connect_retries_total",
+        "Connects that failed and were tried on another resource."
+    );
+    describe_counter!("trimtab_sheds_total", "Flows refused at a bound, by reason.");
+    describe_gauge!("trimtab_resources", "Resources of a pool, by state.");
+    describe_gauge!("trimtab_table_generation", "Generation of a pool's newest allocation table.");
+    describe_gauge!("trimtab_weights_held", "1 while a guard holds a pool's weights where they are.");
+    describe_gauge!("trimtab_engine_info", "The engine that moves the bytes and why it was taken; always 1.");
+    describe_gauge!("trimtab_workers", "Worker threads of the dataplane.");
+    describe_gauge!("trimtab_buffers", "Receive buffers that exist.");
+    describe_gauge!("trimtab_buffers_in_use", "Receive buffers that hold bytes on their way.");
+    describe_gauge!("trimtab_buffer_size_bytes", "Bytes of one receive buffer.");
+    describe_counter!("trimtab_enters_total", "System calls made to submit and wait.");
+    describe_counter!("trimtab_completions_total", "Completions handled.");
+    describe_counter!(
+        "trimtab_spliced_bytes_total",
+        "Bytes moved in the kernel, without passing through a buffer."
+    );
+    describe_counter!("trimtab_buffer_waits_total", "Times that a receive found no buffer and had to wait.");
+    describe_counter!(
+        "trimtab_completion_overflows_total",
+        "Completions that found the completion queue full."
+    );
+}
+
+fn observe_listener(listener: &ListenerSnapshot) {
+    let name = || listener.name.clone();
+    counter!("trimtab_flows_opened_total", "listener" => name(), "protocol" => listener.protocol)
+        .absolute(listener.flows_opened);
+    gauge!("trimtab_flows_open", "listener" => name()).set(listener.flows_open as f64);
+    for (direction, bytes) in
+        [("to_backend", listener.bytes_to_backend), ("to_client", listener.bytes_to_client)]
+    {
+        counter!("trimtab_bytes_total", "listener" => name(), "direction" => direction).absolute(bytes);
+    }
+    counter!("trimtab_connect_retries_total", "listener" => name()).absolute(listener.connect_retries);
+    for (reason, count) in &listener.flows_closed {
+        counter!("trimtab_flows_closed_total", "listener" => name(), "reason" => *reason).absolute(*count);
+    }
+    for (reason, count) in &listener.sheds {
+        counter!("trimtab_sheds_total", "listener" => name(), "reason" => *reason).absolute(*count);
+    }
+}
+
+fn observe_pool(pool: &PoolStatus) {
+    let name = || pool.name.to_string();
+    for state in ResourceState::ALL {
+        let count = f64::from(pool.states.of(state));
+        gauge!("trimtab_resources", "pool" => name(), "state" => state.name()).set(count);
+    }
+    gauge!("trimtab_table_generation", "pool" => name()).set(pool.generation as f64);
+    gauge!("trimtab_weights_held", "pool" => name()).set(f64::from(u8::from(pool.guard.is_some())));
+}
+
+fn observe_engine(engine: &EngineSnapshot) {
+    gauge!("trimtab_engine_info", "engine" => engine.engine, "reason" => engine.reason).set(1.0);
+    gauge!("trimtab_workers").set(engine.workers as f64);
+    gauge!("trimtab_buffers").set(engine.buffers as f64);
+    gauge!("trimtab_buffers_in_use").set(engine.buffers_in_use as f64);
+    gauge!("trimtab_buffer_size_bytes").set(engine.buffer_bytes as f64);
+    counter!("trimtab_enters_total").absolute(engine.enters);
+    counter!("trimtab_completions_total").absolute(engine.completions);
+    counter!("trimtab_buffer_waits_total").absolute(engine.buffer_waits);
+    counter!("trimtab_spliced_bytes_total").absolute(engine.spliced_bytes);
+    counter!("trimtab_completion_overflows_total").absolute(engine.completion_overflows);
+}
+
+fn write_histograms(text: &mut Text, listeners: &[ListenerSnapshot]) {
+    type Of = fn(&ListenerSnapshot) -> &HistogramSnapshot;
+    let families: [(&str, &str, Of); 2] = [
+        (
+            "trimtab_connect_seconds",
+            "Time from the selection of a resource to the established connection.",
+            |listener| &listener.connect_seconds,
+        ),
+        ("trimtab_flow_seconds", "Time from accept to close.", |listener| &listener.flow_seconds),
+    ];
+    for (name, help, of) in families {
+        text.family(name, "histogram", help);
+        for listener in listeners {
+            text.histogram(name, &[("listener", &listener.name)], of(listener));
+        }
+    }
+}
+
+/// A family with one series for each resource.
+struct ResourceFamily {
+    name: &'static str,
+    kind: &'static str,
+    help: &'static str,
+    /// `None`: this resource has no such series.
+    value: fn(&ResourceStatus) -> Option<f64>,
+}
+
+const RESOURCE_FAMILIES: [ResourceFamily; 6] = [
+    ResourceFamily {
+        name: "trimtab_resource_flows_open",
+        kind: "gauge",
+        help: "Flows open to a resource.",
+        value: |status| Some(f64::from(status.standing.flows_open)),
+    },
+    ResourceFamily {
+        name: "trimtab_resource_flows_opened_total",
+        kind: "counter",
+        help: "Flows opened to a resource since its registration.",
+        value: |status| Some(status.flows_opened as f64),
+    },
+    ResourceFamily {
+        name: "trimtab_resource_connect_failures_total",
+        kind: "counter",
+        help: "Connects to a resource that failed since its registration.",
+        value: |status| Some(status.connect_failures as f64),
+    },
+    ResourceFamily {
+        name: "trimtab_resource_reports_refused_total",
+        kind: "counter",
+        help: "Reports of a resource that were refused since its registration.",
+        value: |status| Some(status.reports_refused as f64),
+    },
+    ResourceFamily {
+        name: "trimtab_resource_weight",
+        kind: "gauge",
+        help: "Weight of a resource; the mean of its pool is 1, and 0 gets no new flows.",
+        value: |status| Some(status.standing.weight),
+    },
+    ResourceFamily {
+        name: "trimtab_resource_report_age_seconds",
+        kind: "gauge",
+        help: "Age of a resource's newest accepted report.",
+        value: |status| status.report_age.map(|age| age.as_secs_f64()),
+    },
+];
+
+fn write_resources(text: &mut Text, resources: &[ResourceStatus]) {
+    let labels = |status: &ResourceStatus| {
+        (status.registration.pool().as_str().to_owned(), status.registration.id().as_str().to_owned())
+    };
+    for family in &RESOURCE_FAMILIES {
+        text.family(family.name, family.kind, family.help);
+        for status in resources {
+            let (pool, resource) = labels(status);
+            if let Some(value) = (family.value)(status) {
+                text.sample(family.name, &[("pool", &pool), ("resource", &resource)], value);
+            }
+        }
+    }
+    let name = "trimtab_resource_utilization_ratio";
+    text.family(name, "gauge", "How busy a resource said it is in its newest accepted report, by dimension.");
+    for status in resources {
+        let (pool, resource) = labels(status);
+        for (dimension, value) in status.utilization.iter().flat_map(|utilization| utilization.ratios()) {
+            text.sample(name, &[("pool", &pool), ("resource", &resource), ("dimension", &dimension)], value);
+        }
+    }
+}
+
+/// What every Prometheus client library shows of its process. Where the kernel does not say, nothing is shown.
+fn write_process(text: &mut Text) {
+    if let Ok(entries) = std::fs::read_dir("/proc/self/fd") {
+        text.family("process_open_fds", "gauge", "Descriptors open, the one that counts them among them.");
+        text.sample("process_open_fds", &[], entries.count() as f64);
+    }
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    if let Some(limit) = limit.current {
+        text.family("process_max_fds", "gauge", "Most descriptors that may be open.");
+        text.sample("process_max_fds", &[], limit as f64);
+    }
+    if let Some(pages) = resident_pages() {
+        text.family("process_resident_memory_bytes", "gauge", "Memory in use.");
+        text.sample("process_resident_memory_bytes", &[], pages as f64 * rustix::param::page_size() as f64);
+    }
+    let cpu = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    text.family("process_cpu_seconds_total", "counter", "Processor time used, by user and system.");
+    text.sample("process_cpu_seconds_total", &[], cpu.tv_sec as f64 + cpu.tv_nsec as f64 * 1e-9);
+}
+
+fn resident_pages() -> Option<u64> {
+    std::fs::read_to_string("/proc/self/statm").ok()?.split_whitespace().nth(1)?.parse().ok()
+}

@@ -1,0 +1,282 @@
+//! `RegistrationService`: resources join, report and leave.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use allocation::{ResourceId, Timestamp};
+use api::v1;
+use api::v1::registration_service_server::RegistrationService;
+use api::v1::report_response::Event;
+use registry::{DeregisterError, RegisterError, ReportError};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::metrics::ReportResult;
+use crate::parse::{self, MessageError};
+use crate::{Phase, Shared, reached};
+
+/// Events to one resource that wait for it to read them. A resource that reads nothing is not read from either.
+const EVENTS_MAX: usize = 4;
+/// The first report of a stream must come within this time.
+const FIRST_REPORT_WITHIN: Duration = Duration::from_secs(10);
+/// How often a quiet stream is checked for a resource that is not registered any more.
+const CHECK_EVERY: Duration = Duration::from_secs(5);
+/// Reports a second that one stream may send for long; the shortest interval makes 10.
+const RATE_MAX: u64 = 20;
+/// Reports that it may send at once.
+const BURST_MAX: u64 = 40;
+
+/// The service.
+pub(crate) struct Registrar {
+    shared: Arc<Shared>,
+}
+
+impl Registrar {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+}
+
+#[tonic::async_trait]
+impl RegistrationService for Registrar {
+    async fn register(
+        &self,
+        request: Request<v1::RegisterRequest>,
+    ) -> Result<Response<v1::RegisterResponse>, Status> {
+        let registration = parse::registration(request.into_inner()).map_err(invalid)?;
+        let shared = &self.shared;
+        let (id, pool, address) =
+            (registration.id().clone(), registration.pool().clone(), registration.address());
+        let registered =
+            shared.registry.register(registration, shared.clock.now()).map_err(register_refused)?;
+        shared.changed.notify_one();
+        if registered.created {
+            shared.metrics.registered();
+            tracing::info!(resource = %id, %pool, %address, "registered");
+        }
+        Ok(Response::new(v1::RegisterResponse {
+            balancer_id: shared.balancer_id.clone(),
+            lease: Some(parse::wire_duration(registered.lease)),
+            created: registered.created,
+        }))
+    }
+
+    type ReportStream = Pin<Box<dyn Stream<Item = Result<v1::ReportResponse, Status>> + Send>>;
+
+    async fn report(
+        &self,
+        request: Request<Streaming<v1::ReportRequest>>,
+    ) -> Result<Response<Self::ReportStream>, Status> {
+        let (events, receiver) = mpsc::channel(EVENTS_MAX);
+        let shared = Arc::clone(&self.shared);
+        // A task of its own, so that a report is taken in when it comes and not when its ack is asked for. It ends with
+        // the stream, in either direction, and with the process.
+        tokio::spawn(async move {
+            let stream = Reports { shared: &shared, requests: request.into_inner(), events: events.clone() };
+            let ended = tokio::select! {
+                ended = stream.run() => ended,
+                () = events.closed() => Ok(()),
+                () = reached(shared.phase.clone(), Phase::Terminated) => {
+                    Err(Status::unavailable("the balancer has ended"))
+                }
+            };
+            if let Err(status) = ended {
+                // No room: the peer does not read, and learns of the end by the connection's.
+                let _ = events.try_send(Err(status));
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn deregister(
+        &self,
+        request: Request<v1::DeregisterRequest>,
+    ) -> Result<Response<v1::DeregisterResponse>, Status> {
+        let request = request.into_inner();
+        let id = parse::resource_id(&request.id).map_err(invalid)?;
+        let removed =
+            self.shared.registry.deregister(&id, request.incarnation).map_err(|error| match error {
+                DeregisterError::OlderIncarnation { .. } => Status::aborted(error.to_string()),
+            })?;
+        if removed {
+            self.shared.changed.notify_one();
+            tracing::info!(resource = %id, "deregistered");
+        }
+        Ok(Response::new(v1::DeregisterResponse { removed }))
+    }
+}
+
+/// One report stream.
+struct Reports<'a> {
+    shared: &'a Shared,
+    requests: Streaming<v1::ReportRequest>,
+    events: mpsc::Sender<Result<v1::ReportResponse, Status>>,
+}
+
+impl Reports<'_> {
+    /// Takes reports until the peer ends the stream.
+    ///
+    /// # Errors
+    /// What the stream is to be ended with.
+    async fn run(mut self) -> Result<(), Status> {
+        let late = |_| Status::deadline_exceeded("no report came on this stream");
+        let Some(first) = timeout(FIRST_REPORT_WITHIN, self.requests.message()).await.map_err(late)?? else {
+            return Ok(());
+        };
+        let id = parse::resource_id(&first.id).map_err(invalid)?;
+        let incarnation = first.incarnation;
+        let mut rate = Rate::new(self.shared.clock.now());
+        let mut phase = self.shared.phase.clone();
+        let mut told_of_leave = false;
+        let mut next = Some(first);
+        loop {
+            if let Some(request) = next.take() {
+                rate.take(self.shared.clock.now())?;
+                let ack = self.take_report(&id, incarnation, request)?;
+                self.send(Event::Ack(ack)).await?;
+            }
+            if !told_of_leave && *phase.borrow_and_update() >= Phase::Draining {
+                told_of_leave = true;
+                self.send(Event::Notice(leaving())).await?;
+            }
+            tokio::select! {
+                // `message` may be dropped half-way: what has come stays in the stream.
+                message = self.requests.message() => match message? {
+                    Some(request) => next = Some(request),
+                    None => return Ok(()),
+                },
+                changed = phase.changed() => changed.map_err(|_| Status::unavailable("the balancer has ended"))?,
+                () = tokio::time::sleep(CHECK_EVERY) => {
+                    self.shared.registry.standing(&id, incarnation).map_err(report_refused)?;
+                }
+            }
+        }
+    }
+
+    /// One report's ack.
+    ///
+    /// # Errors
+    /// What the stream is to be ended with. A report that is only wrong does not end it.
+    fn take_report(
+        &self,
+        id: &ResourceId,
+        incarnation: u64,
+        request: v1::ReportRequest,
+    ) -> Result<v1::Ack, Status> {
+        let Shared { registry, metrics, clock, changed, .. } = self.shared;
+        if request.id != id.as_str() || request.incarnation != incarnation {
+            metrics.reported(ReportResult::Unknown);
+            return Err(Status::invalid_argument(format!(
+                "this stream reports for {id} with incarnation {incarnation}: open another for another"
+            )));
+        }
+        let sequence = request.sequence;
+        match parse::report(id, request) {
+            Ok(report) => {
+                let standing = registry.report(report, clock.now()).map_err(|error| {
+                    metrics.reported(ReportResult::Unknown);
+                    report_refused(error)
+                })?;
+                metrics.reported(ReportResult::Accepted);
+                changed.notify_one();
+                Ok(parse::ack(sequence, &standing, String::new()))
+            }
+            Err(error) => {
+                metrics.reported(ReportResult::Refused);
+                let standing = registry.report_refused(id, incarnation).map_err(report_refused)?;
+                tracing::debug!(resource = %id, %error, "report refused");
+                Ok(parse::ack(sequence, &standing, error.to_string()))
+            }
+        }
+    }
+
+    async fn send(&self, event: Event) -> Result<(), Status> {
+        let response = v1::ReportResponse { event: Some(event) };
+        self.events.send(Ok(response)).await.map_err(|_| Status::cancelled("the resource hung up"))
+    }
+}
+
+fn leaving() -> v1::Notice {
+    v1::Notice {
+        kind: v1::notice::Kind::BalancerLeaving.into(),
+        at: Some(SystemTime::now().into()),
+        alternatives: Vec::new(),
+        reason: "the balancer stops: it takes no new flows, open ones may end".into(),
+    }
+}
+
+/// A bucket of reports that fills with time.
+struct Rate {
+    /// In thousandths of a report: what one millisecond at one a second brings.
+    left: u64,
+    at: Timestamp,
+}
+
+impl Rate {
+    fn new(now: Timestamp) -> Self {
+        Self { left: BURST_MAX * 1_000, at: now }
+    }
+
+    fn take(&mut self, now: Timestamp) -> Result<(), Status> {
+        let elapsed = now.as_millis().saturating_sub(self.at.as_millis());
+        self.left = self.left.saturating_add(elapsed.saturating_mul(RATE_MAX)).min(BURST_MAX * 1_000);
+        self.at = now;
+        let Some(left) = self.left.checked_sub(1_000) else {
+            return Err(Status::resource_exhausted(format!(
+                "more than {RATE_MAX} reports a second on one stream: report at the registered interval"
+            )));
+        };
+        self.left = left;
+        Ok(())
+    }
+}
+
+pub(crate) fn invalid(error: MessageError) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+fn register_refused(error: RegisterError) -> Status {
+    let message = error.to_string();
+    match error {
+        RegisterError::UnknownPool { .. } => Status::failed_precondition(message),
+        RegisterError::OlderIncarnation { .. } => Status::aborted(message),
+        RegisterError::PoolFull { .. } => Status::resource_exhausted(message),
+    }
+}
+
+fn report_refused(error: ReportError) -> Status {
+    let message = error.to_string();
+    match error {
+        ReportError::NotRegistered { .. } => Status::not_found(message),
+        // Replaced by a newer process: this one must not push it out again by registering anew.
+        ReportError::OtherIncarnation { registered, given, .. } if given < registered => {
+            Status::aborted(message)
+        }
+        ReportError::OtherIncarnation { .. } => Status::not_found(message),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_may_burst_but_not_flood() {
+        let at = Timestamp::from_millis;
+        let mut rate = Rate::new(at(0));
+        for n in 0..BURST_MAX {
+            assert!(rate.take(at(0)).is_ok(), "report {n}");
+        }
+        assert!(rate.take(at(0)).is_err());
+        assert!(rate.take(at(49)).is_err());
+        assert!(rate.take(at(50)).is_ok(), "20 a second is one in 50 ms");
+        assert!(rate.take(at(50)).is_err());
+        for n in 1..1_000 {
+            assert!(rate.take(at(50 + n * 100)).is_ok(), "the shortest interval is always fine");
+        }
+    }
+}

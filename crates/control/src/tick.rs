@@ -1,0 +1,40 @@
+//! The tick: leases end and tables are made, when there is reason to and no sooner.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until};
+
+use crate::{Phase, Shared, reached};
+
+/// Longest sleep: what a far deadline is cut to.
+const SLEEP_MAX: Duration = Duration::from_secs(3600);
+
+/// Runs until the process ends.
+pub(crate) async fn run(shared: Arc<Shared>) {
+    let mut terminated = std::pin::pin!(reached(shared.phase.clone(), Phase::Terminated));
+    loop {
+        step(&shared);
+        let farthest = Instant::now() + SLEEP_MAX;
+        let deadline = shared.clock.instant(shared.registry.next_deadline()).map(Instant::from_std);
+        tokio::select! {
+            () = &mut terminated => return,
+            () = shared.changed.notified() => {}
+            () = sleep_until(deadline.map_or(farthest, |at| at.min(farthest))) => {}
+        }
+    }
+}
+
+fn step(shared: &Shared) {
+    let now = shared.clock.now();
+    for gone in shared.registry.expire(now) {
+        tracing::warn!(
+            resource = %gone.id(), pool = %gone.pool(), lease = ?gone.lease(),
+            "no report within the lease: the resource gets no new flows until it registers again"
+        );
+        shared.metrics.expired();
+    }
+    for rebuilt in shared.registry.rebuild(now) {
+        shared.pools[rebuilt.pool].publisher.publish(rebuilt.table);
+    }
+}

@@ -1,0 +1,6 @@
+//! Control over real connections on loopback. One binary: linking tonic once is enough.
+#![forbid(unsafe_code)]
+
+mod harness;
+mod operation;
+mod registration;
