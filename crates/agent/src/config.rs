@@ -1,0 +1,153 @@
+//! What an agent is told.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use api::v1;
+use tonic::transport::Uri;
+
+use crate::utilization::{NoSuchCgroup, Roots, Source};
+
+/// What an agent is told. [`AgentConfig::new`] fills in what it can.
+#[derive(Debug, Clone)]
+pub struct AgentConfig {
+    /// The balancer's control address, `http://host:port`.
+    pub balancer: Uri,
+    /// Who registers: identity, pool, address and what it can bear.
+    pub resource: v1::Resource,
+    /// Orders the starts of this resource: a higher one replaces a lower one. Milliseconds since 1970 at the start.
+    pub incarnation: u64,
+    /// How often to report. The balancer takes 100 ms to 1 h.
+    pub report_interval: Duration,
+    /// What is measured.
+    pub source: Source,
+    /// Where the kernel's files are.
+    pub roots: Roots,
+    /// A JSON file whose values stand above the measured ones (see [`crate::utilization::Override`]); read at each
+    /// report. It need not be there.
+    pub utilization_file: Option<PathBuf>,
+    /// Capacity of the network in bits a second; unset: the fastest interface's speed.
+    pub bandwidth_capacity_bps: Option<u64>,
+    /// What traffic through this resource costs, in currency per GB.
+    pub bandwidth_cost: Option<f64>,
+    /// How to find out whether the resource's own service answers.
+    pub check: ServiceCheck,
+    /// How to try again.
+    pub retry: Retry,
+    /// Decides all that is random: the jitter of pauses. Agents that start at once should differ in it.
+    pub seed: u64,
+}
+
+/// How to find out whether the resource's own service answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServiceCheck {
+    /// A TCP connection to the resource's address, closed at once with nothing sent, at each report interval.
+    Tcp {
+        /// How long it may take.
+        timeout: Duration,
+    },
+    /// Not at all: it is taken to answer.
+    None,
+}
+
+/// How to try again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retry {
+    /// Longest pause after the first failure; doubles with each further one.
+    pub first: Duration,
+    /// Longest pause after any number of failures: agents are back within it when their balancer is.
+    pub cap: Duration,
+    /// Pause after a balancer answered and said no: an operator has to change something first.
+    pub refused: Duration,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self {
+            first: Duration::from_millis(100),
+            cap: Duration::from_secs(2),
+            refused: Duration::from_secs(5),
+        }
+    }
+}
+
+impl AgentConfig {
+    /// An agent of this host for `resource`, with a report each second and a check of the resource's address.
+    pub fn new(balancer: Uri, resource: v1::Resource) -> Self {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self {
+            balancer,
+            resource,
+            incarnation: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
+            report_interval: Duration::from_secs(1),
+            source: Source::Host,
+            roots: Roots::default(),
+            utilization_file: None,
+            bandwidth_capacity_bps: None,
+            bandwidth_cost: None,
+            check: ServiceCheck::Tcp { timeout: Duration::from_secs(1) },
+            retry: Retry::default(),
+            seed: u64::from(since_1970.subsec_nanos()) ^ (u64::from(std::process::id()) << 32),
+        }
+    }
+
+    /// The address that the service check connects to.
+    pub(crate) fn service(&self) -> Result<Option<(SocketAddr, Duration)>, AgentError> {
+        match self.check {
+            ServiceCheck::None => Ok(None),
+            ServiceCheck::Tcp { timeout } => {
+                let address = self.resource.address.parse();
+                let address =
+                    address.map_err(|_| AgentError::Address { found: self.resource.address.clone() })?;
+                Ok(Some((address, timeout)))
+            }
+        }
+    }
+
+    pub(crate) fn validate(&self) -> Result<(), AgentError> {
+        self.service()?;
+        let scheme = self.balancer.scheme_str();
+        if !matches!(scheme, Some("http")) || self.balancer.host().is_none() {
+            return Err(AgentError::Balancer { found: self.balancer.to_string() });
+        }
+        if self.report_interval.is_zero() {
+            return Err(AgentError::NoInterval);
+        }
+        match self.bandwidth_cost {
+            Some(cost) if !cost.is_finite() || cost < 0.0 => Err(AgentError::BandwidthCost { found: cost }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Why an agent does not run: what it was told makes no sense, and only whoever told it can mend that. Whatever a
+/// balancer, the network or the service does is waited out instead.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AgentError {
+    /// The resource's address cannot be connected to.
+    #[error("the address {found:?} is not ip:port or [ip6]:port, such as 10.0.0.1:5432")]
+    Address {
+        /// What it is.
+        found: String,
+    },
+    /// The balancer's address is none.
+    #[error("the balancer {found:?} is not http://host:port")]
+    Balancer {
+        /// What it is.
+        found: String,
+    },
+    /// A report interval of nothing.
+    #[error("the report interval is 0; the balancer takes 100 ms to 1 h")]
+    NoInterval,
+    /// A cost that is no amount.
+    #[error("the bandwidth cost is {found}; it takes a number of 0 or more")]
+    BandwidthCost {
+        /// What it is.
+        found: f64,
+    },
+    /// The service answers, and its cgroup is not there.
+    #[error(transparent)]
+    NoSuchCgroup(#[from] NoSuchCgroup),
+}

@@ -1,0 +1,33 @@
+//! trimtab's sidecar: it stands beside a service, registers it with a balancer, reports how busy its host or cgroup
+//! is, and deregisters it at the end.
+//!
+//! Owns: reading utilization ([`utilization`]), and an agent's life ([`Agent`]): waiting for its own service, trying
+//! again, reporting, taking leave. Does not own: the command line, signals, and what a balancer makes of a report.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), agent::AgentError> {
+//! let resource = api::v1::Resource {
+//!     id: "pg1".into(),
+//!     pool: "sql".into(),
+//!     address: "10.0.0.1:5432".into(),
+//!     ..Default::default()
+//! };
+//! let balancer = "http://10.0.0.9:7400".parse().expect("a URI");
+//! let shutdown = async { drop(tokio::signal::ctrl_c().await) };
+//! agent::run(agent::AgentConfig::new(balancer, resource), shutdown).await
+//! # }
+//! ```
+#![forbid(unsafe_code)]
+
+mod agent;
+mod backoff;
+mod config;
+mod meter;
+mod said;
+mod service;
+mod session;
+pub mod utilization;
+
+pub use crate::agent::{Agent, AgentState, run};
+pub use crate::config::{AgentConfig, AgentError, Retry, ServiceCheck};
+pub use crate::utilization::{Roots, Source};
