@@ -1,0 +1,209 @@
+//! The commands that ask a running balancer: `resources`, `pools`, `explain`, `drain`, `ready`.
+//!
+//! Owns: the connection to control, its failures in words, tables and JSON.
+//! Does not own: what the answers mean; control decides that.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use api::v1::admin_service_client::AdminServiceClient;
+use api::v1::{
+    DrainRequest, ExplainRequest, ExplainResponse, ListPoolsRequest, ListResourcesRequest, ReadyRequest,
+};
+use serde::Serialize;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+
+use crate::cli::{AdminArgs, ExplainArgs, Output, ResourceArgs, ResourcesArgs};
+use crate::failure::Failure;
+use crate::output::print;
+
+mod view;
+
+pub use view::{CandidateView, ExplainView, PoolView, ResourceView, StateView};
+
+/// A balancer on the other side of the world answers a connect in a third of it.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// No question here makes the balancer wait for anything.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// 10,000 resources with labels are a few megabytes.
+const ANSWER_BYTES_MAX: usize = 256 << 20;
+
+/// A balancer's control.
+#[derive(Debug, Clone)]
+pub struct Admin {
+    control: String,
+    client: AdminServiceClient<Channel>,
+}
+
+impl Admin {
+    /// Connects to `http://host:port`.
+    ///
+    /// # Errors
+    /// [`Failure::Unreachable`] when nobody answers.
+    pub async fn connect(control: &str) -> Result<Self, Failure> {
+        let unreachable = |reason| Failure::Unreachable { control: control.to_owned(), reason };
+        let endpoint = Endpoint::from_shared(control.to_owned())
+            .map_err(|error| unreachable(error.to_string()))?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .timeout(ANSWER_TIMEOUT);
+        let channel = endpoint.connect().await.map_err(|error| unreachable(innermost(&error)))?;
+        let client = AdminServiceClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
+        Ok(Self { control: control.to_owned(), client })
+    }
+
+    /// The resources of a pool, or of all pools if it is empty.
+    ///
+    /// # Errors
+    /// When the balancer refuses or does not answer.
+    pub async fn resources(&mut self, pool: &str) -> Result<Vec<ResourceView>, Failure> {
+        let answer = self.client.list_resources(ListResourcesRequest { pool: pool.to_owned() }).await;
+        let resources = answer.map_err(|status| self.failure(&status))?.into_inner().resources;
+        Ok(resources.into_iter().map(ResourceView::from).collect())
+    }
+
+    /// The pools.
+    ///
+    /// # Errors
+    /// When the balancer refuses or does not answer.
+    pub async fn pools(&mut self) -> Result<Vec<PoolView>, Failure> {
+        let answer = self.client.list_pools(ListPoolsRequest {}).await;
+        let pools = answer.map_err(|status| self.failure(&status))?.into_inner().pools;
+        Ok(pools.into_iter().map(PoolView::from).collect())
+    }
+
+    /// Why the next flow of a pool would go where.
+    ///
+    /// # Errors
+    /// When the balancer refuses or does not answer.
+    pub async fn explain(&mut self, pool: &str) -> Result<ExplainView, Failure> {
+        let answer = self.client.explain(ExplainRequest { pool: pool.to_owned() }).await;
+        let explained: ExplainResponse = answer.map_err(|status| self.failure(&status))?.into_inner();
+        Ok(explained.into())
+    }
+
+    /// Stops new flows to a resource; gives how many are open on it.
+    ///
+    /// # Errors
+    /// When the balancer refuses or does not answer.
+    pub async fn drain(&mut self, id: &str) -> Result<u64, Failure> {
+        let answer = self.client.drain(DrainRequest { id: id.to_owned() }).await;
+        Ok(answer.map_err(|status| self.failure(&status))?.into_inner().flows_open)
+    }
+
+    /// Ends a drain.
+    ///
+    /// # Errors
+    /// When the balancer refuses or does not answer.
+    pub async fn ready(&mut self, id: &str) -> Result<(), Failure> {
+        let answer = self.client.ready(ReadyRequest { id: id.to_owned() }).await;
+        answer.map_err(|status| self.failure(&status)).map(|_| ())
+    }
+
+    fn failure(&self, status: &Status) -> Failure {
+        let control = self.control.clone();
+        match status.code() {
+            Code::Unimplemented => Failure::Unreachable {
+                control,
+                reason: "what answers there has no trimtab control (is it the http address?)".into(),
+            },
+            Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown | Code::Internal => {
+                let reason =
+                    if status.message().is_empty() { innermost(status) } else { status.message().into() };
+                Failure::Unreachable { control, reason }
+            }
+            _ => Failure::Refused { control, reason: status.message().to_owned() },
+        }
+    }
+}
+
+/// The cause at the bottom: `Connection refused`, not `transport error`.
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut deepest = error.to_string();
+    let mut next = error.source();
+    while let Some(error) = next {
+        deepest = error.to_string();
+        next = error.source();
+    }
+    deepest
+}
+
+/// Runs one question to its end on this thread.
+fn ask<T>(question: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::start(format!("cannot make an event loop: {error}")))?;
+    runtime.block_on(question)
+}
+
+fn show<T: Serialize>(output: Output, value: &T, table: impl FnOnce(&T) -> String) -> Result<(), Failure> {
+    match output {
+        Output::Table => print(&table(value)),
+        Output::Json => {
+            let json = serde_json::to_string_pretty(value).map_err(|error| Failure::Fault(error.into()))?;
+            print(&(json + "\n"))
+        }
+    }
+}
+
+/// `trimtab resources`.
+///
+/// # Errors
+/// When the balancer refuses or does not answer.
+pub fn resources(args: &ResourcesArgs) -> Result<(), Failure> {
+    #[derive(Serialize)]
+    struct Resources {
+        resources: Vec<ResourceView>,
+    }
+    let resources = ask(async { Admin::connect(&args.admin.control).await?.resources(&args.pool).await })?;
+    show(args.admin.output, &Resources { resources }, |all| view::resources_table(&all.resources))
+}
+
+/// `trimtab pools`.
+///
+/// # Errors
+/// When the balancer refuses or does not answer.
+pub fn pools(args: &AdminArgs) -> Result<(), Failure> {
+    #[derive(Serialize)]
+    struct Pools {
+        pools: Vec<PoolView>,
+    }
+    let pools = ask(async { Admin::connect(&args.control).await?.pools().await })?;
+    show(args.output, &Pools { pools }, |all| view::pools_table(&all.pools))
+}
+
+/// `trimtab explain POOL`.
+///
+/// # Errors
+/// When the balancer refuses or does not answer.
+pub fn explain(args: &ExplainArgs) -> Result<(), Failure> {
+    let explained = ask(async { Admin::connect(&args.admin.control).await?.explain(&args.pool).await })?;
+    show(args.admin.output, &explained, view::explain_text)
+}
+
+/// `trimtab drain ID`.
+///
+/// # Errors
+/// When the balancer refuses or does not answer.
+pub fn drain(args: &ResourceArgs) -> Result<(), Failure> {
+    let flows_open = ask(async { Admin::connect(&args.admin.control).await?.drain(&args.id).await })?;
+    let done = BTreeMap::from([
+        ("id", serde_json::Value::from(args.id.as_str())),
+        ("state", "draining".into()),
+        ("flows_open", flows_open.into()),
+    ]);
+    show(args.admin.output, &done, |_| {
+        format!("{} is draining; {flows_open} flows are still open on it\n", args.id)
+    })
+}
+
+/// `trimtab ready ID`.
+///
+/// # Errors
+/// When the balancer refuses or does not answer.
+pub fn ready(args: &ResourceArgs) -> Result<(), Failure> {
+    ask(async { Admin::connect(&args.admin.control).await?.ready(&args.id).await })?;
+    let done = BTreeMap::from([("id", args.id.as_str()), ("state", "ready")]);
+    show(args.admin.output, &done, |_| format!("{} gets new flows again\n", args.id))
+}

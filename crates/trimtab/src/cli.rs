@@ -1,0 +1,410 @@
+//! The command line: names, defaults and help. What the commands do is in their modules.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use allocation::{Policy, ResourceId};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::{Engine, above_zero, parse_policy, zero_disables};
+use crate::problem::Problem;
+use crate::units::{ListenAddress, parse_address, parse_bandwidth, parse_duration};
+
+const EXAMPLES: &str = "\
+Try it:
+  trimtab demo
+
+Exit codes:
+  0    done; after SIGTERM or SIGINT: drained
+  1    the balancer answered no (no such resource or pool, …)
+  64   the command line is wrong
+  66   a file cannot be read
+  69   the balancer does not answer
+  70   a fault of trimtab itself: please report it
+  71   the system refuses (address in use, io_uring denied, no permission)
+  74   the output cannot be written
+  78   the configuration file is wrong
+  130  left at once at a second SIGINT; 143: at a second SIGTERM";
+
+/// An L4 load balancer that nobody configures twice: resources register themselves, report how busy they are, and
+/// get new connections by it.
+#[derive(Debug, Parser)]
+#[command(name = "trimtab", version, after_help = EXAMPLES, max_term_width = 110)]
+pub struct Cli {
+    /// What to say on stderr: error, warn, info, debug, trace, or by module: info,dataplane=debug.
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Log",
+        env = "RUST_LOG",
+        default_value = "info",
+        value_name = "LEVEL",
+        hide_env_values = true
+    )]
+    pub log_level: String,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Balance to addresses given here, without a configuration file or control.
+    Proxy(ProxyArgs),
+    /// Run the balancer. SIGTERM drains; a second one leaves now.
+    Serve(ServeArgs),
+    /// Say everything that is wrong with a configuration file (exit 78), and bind nothing.
+    Check(CheckArgs),
+    /// Run beside a resource: register it, report its host's utilization, deregister it at SIGTERM.
+    Agent(AgentArgs),
+    /// List the resources that are registered, and what they get.
+    Resources(ResourcesArgs),
+    /// List the pools.
+    Pools(AdminArgs),
+    /// Say why the next connection of a pool would go where.
+    Explain(ExplainArgs),
+    /// Give a resource no new connections; open ones end by themselves.
+    Drain(ResourceArgs),
+    /// End a drain.
+    Ready(ResourceArgs),
+    /// Run a balancer, three services with agents and a gentle load on this machine; prints what to try.
+    Demo(DemoArgs),
+    /// One of the demo's services.
+    #[command(hide = true)]
+    DemoService(DemoServiceArgs),
+}
+
+/// `proxy`.
+#[derive(Debug, Args)]
+pub struct ProxyArgs {
+    /// Where to accept: tcp://IP:PORT. Repeat it for more.
+    #[arg(long, required = true, value_name = "tcp://IP:PORT")]
+    pub listen: Vec<ListenAddress>,
+    /// Where to connect: IP:PORT. Repeat it for more.
+    #[arg(long, required = true, value_name = "IP:PORT", value_parser = parse_backend)]
+    pub to: Vec<SocketAddr>,
+    /// How a backend is chosen: adaptive, least-connections, round-robin, random.
+    #[arg(long, default_value = "adaptive", value_parser = parse_policy)]
+    pub policy: Policy,
+    /// Worker threads; 0: one per core.
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=1024))]
+    pub workers: u16,
+    /// What moves the bytes: auto, uring.
+    #[arg(long, default_value = "auto")]
+    pub engine: Engine,
+    /// Most connections open at once; 0: as many as the descriptor limit allows.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub flows_max: u32,
+    /// How long one connect may take.
+    #[arg(long, default_value = "5s", value_name = "TIME", value_parser = above_zero)]
+    pub connect_timeout: Duration,
+    /// End a connection after so much silence; 0s: never.
+    #[arg(long, default_value = "1h", value_name = "TIME", value_parser = parse_zero_disables)]
+    pub idle_timeout: ZeroDisables,
+    /// How long open connections may go on after SIGTERM.
+    #[arg(long, default_value = "30s", value_name = "TIME", value_parser = parse_duration)]
+    pub drain_timeout: Duration,
+    /// Leave when stdin ends.
+    #[arg(long, hide = true)]
+    pub with_parent: bool,
+}
+
+/// A duration of which `0s` means never. (clap would take a plain `Option` for an optional flag.)
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ZeroDisables(pub Option<Duration>);
+
+/// `serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// The configuration file; `trimtab check` says what is wrong with it.
+    #[arg(short, long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Leave when stdin ends.
+    #[arg(long, hide = true)]
+    pub with_parent: bool,
+}
+
+/// `check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// The configuration file.
+    #[arg(short, long, value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+/// `agent`.
+#[derive(Debug, Args)]
+pub struct AgentArgs {
+    /// The pool to join, by its name in the balancer's configuration.
+    #[arg(long)]
+    pub pool: String,
+    /// Where the resource serves: IP:PORT, as the balancer reaches it.
+    #[arg(long, value_name = "IP:PORT", value_parser = parse_backend)]
+    pub address: SocketAddr,
+    /// The balancer's control address.
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7400", value_parser = parse_control)]
+    pub balancer: String,
+    /// The resource's identity, unique within the balancer. [default: host name and address]
+    #[arg(long, value_parser = parse_id)]
+    pub id: Option<ResourceId>,
+    /// How often to report; 100ms to 1h.
+    #[arg(long, default_value = "1s", value_name = "TIME", value_parser = parse_report_interval)]
+    pub report_interval: Duration,
+    /// Report this cgroup's utilization instead of the host's: /system.slice/postgresql.service.
+    #[arg(long, value_name = "CGROUP")]
+    pub cgroup: Option<PathBuf>,
+    /// Read utilization from this JSON file at each report; what it has stands before what is measured.
+    #[arg(long, value_name = "FILE")]
+    pub utilization_file: Option<PathBuf>,
+    /// The network's capacity in bits a second: 100M, 1G. [default: what the interface says]
+    #[arg(long, value_name = "BITS", value_parser = parse_bandwidth)]
+    pub bandwidth: Option<u64>,
+    /// What a gigabyte of traffic costs here, in any currency that the resources of a pool share.
+    #[arg(long, value_name = "COST", value_parser = parse_cost)]
+    pub bandwidth_cost: Option<f64>,
+    /// What the resource is or can do: KEY=VALUE. Repeat it for more.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_label)]
+    pub label: Vec<(String, String)>,
+    /// The version of the service, for people and for requirements.
+    #[arg(long, value_name = "VERSION", default_value = "", hide_default_value = true)]
+    pub version_of_service: String,
+    /// Most connections that it takes from one balancer at once; 0: no limit.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub flows_max: u32,
+    /// What it can bear, compared with the others of its pool, before its reports say so. Above 0, up to 1000.
+    #[arg(long, default_value_t = 1.0, value_name = "N", value_parser = parse_weight)]
+    pub weight: f64,
+    /// Do not check that the service answers at its address.
+    #[arg(long)]
+    pub no_check: bool,
+    /// Leave when stdin ends.
+    #[arg(long, hide = true)]
+    pub with_parent: bool,
+}
+
+/// What all commands that ask a balancer take.
+#[derive(Debug, Args)]
+pub struct AdminArgs {
+    /// The balancer's control address.
+    #[arg(
+        long,
+        env = "TRIMTAB_CONTROL",
+        default_value = "http://127.0.0.1:7400",
+        value_name = "URL",
+        value_parser = parse_control
+    )]
+    pub control: String,
+    /// For people or for scripts.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// How to print.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// Aligned columns.
+    Table,
+    /// One JSON document with stable keys.
+    Json,
+}
+
+/// `resources`.
+#[derive(Debug, Args)]
+pub struct ResourcesArgs {
+    /// Only this pool.
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub pool: String,
+    /// Whom to ask and how to print.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+/// `explain`.
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// The pool.
+    pub pool: String,
+    /// Whom to ask and how to print.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+/// `drain` and `ready`.
+#[derive(Debug, Args)]
+pub struct ResourceArgs {
+    /// The resource, by its id.
+    pub id: String,
+    /// Whom to ask and how to print.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+/// `demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Make this service's machine busy for a while: red, green or blue.
+    #[arg(long, value_name = "NAME", value_parser = ["red", "green", "blue"])]
+    pub stress: Option<String>,
+    /// How long it is busy, in seconds. It begins after 5 s.
+    #[arg(long, default_value_t = 15, value_name = "N")]
+    pub stress_seconds: u64,
+    /// End by itself after so many seconds. [default: at Ctrl-C]
+    #[arg(long, value_name = "N")]
+    pub seconds: Option<u64>,
+}
+
+/// `demo-service`.
+#[derive(Debug, Args)]
+pub struct DemoServiceArgs {
+    /// What it calls itself.
+    pub name: String,
+    /// Where it serves.
+    pub address: SocketAddr,
+    /// CPU time to burn for each line.
+    #[arg(long, default_value = "1ms", value_name = "TIME", value_parser = parse_duration)]
+    pub work: Duration,
+    /// Where to write how busy it is, for its agent.
+    #[arg(long, value_name = "FILE")]
+    pub utilization_file: Option<PathBuf>,
+    /// Take `busy` and `calm` from stdin, and leave when it ends.
+    #[arg(long)]
+    pub with_parent: bool,
+}
+
+fn parse_zero_disables(text: &str) -> Result<ZeroDisables, Problem> {
+    zero_disables(text).map(ZeroDisables)
+}
+
+fn parse_backend(text: &str) -> Result<SocketAddr, Problem> {
+    let address = parse_address(text)?;
+    if address.port() == 0 {
+        return Err(Problem::new(
+            format!("nothing can connect to port 0 of {text:?}"),
+            "write the real port",
+        ));
+    }
+    if address.ip().is_unspecified() {
+        return Err(Problem::new(
+            format!("{text:?} means every address of this host, not one to connect to"),
+            "write the address that others reach it at",
+        ));
+    }
+    Ok(address)
+}
+
+/// `http://host:port`; the scheme may be left out.
+fn parse_control(text: &str) -> Result<String, Problem> {
+    let hint = "write http://HOST:PORT, as http://127.0.0.1:7400";
+    if text.starts_with("https://") {
+        return Err(Problem::new(format!("{text:?}: TLS is not supported by this version"), hint));
+    }
+    let rest = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+    let port = rest.rsplit_once(':').and_then(|(host, port)| (!host.is_empty()).then_some(port));
+    let is_address = port.is_some_and(|port| port.parse::<u16>().is_ok_and(|port| port != 0));
+    let url = format!("http://{rest}");
+    if !is_address || rest.contains(['/', '@', '?', '#']) || url.parse::<tonic::transport::Uri>().is_err() {
+        return Err(Problem::new(format!("{text:?} is not a control address"), hint));
+    }
+    Ok(url)
+}
+
+fn parse_id(text: &str) -> Result<ResourceId, Problem> {
+    text.parse().map_err(|error| Problem::new(format!("{text:?} {error}"), "write a short name, as pg-1"))
+}
+
+fn parse_report_interval(text: &str) -> Result<Duration, Problem> {
+    let interval = parse_duration(text)?;
+    if !(Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&interval) {
+        return Err(Problem::new(format!("{text:?} is out of range"), "write 100ms to 1h"));
+    }
+    Ok(interval)
+}
+
+fn parse_cost(text: &str) -> Result<f64, Problem> {
+    let cost = text.parse::<f64>().ok().filter(|cost| cost.is_finite() && *cost >= 0.0);
+    cost.ok_or_else(|| Problem::new(format!("{text:?} is not a cost"), "write a number from 0 up, as 0.05"))
+}
+
+fn parse_weight(text: &str) -> Result<f64, Problem> {
+    let weight = text.parse::<f64>().ok().filter(|weight| *weight > 0.0 && *weight <= 1000.0);
+    weight
+        .ok_or_else(|| Problem::new(format!("{text:?} is not a weight"), "write a number above 0 up to 1000"))
+}
+
+fn parse_label(text: &str) -> Result<(String, String), Problem> {
+    match text.split_once('=') {
+        Some((key, value)) if (1..=64).contains(&key.len()) && value.len() <= 256 => {
+            Ok((key.into(), value.into()))
+        }
+        _ => Err(Problem::new(
+            format!("{text:?} is not a label"),
+            "write KEY=VALUE, the key of up to 64 and the value of up to 256 bytes",
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::DRAIN_TIMEOUT_DEFAULT;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+        let parsed =
+            Cli::try_parse_from(["trimtab", "proxy", "--listen", "tcp://127.0.0.1:0", "--to", "127.0.0.1:1"]);
+        let Ok(Cli { command: Command::Proxy(proxy), .. }) = parsed else { panic!("{parsed:?}") };
+        assert_eq!(proxy.drain_timeout, DRAIN_TIMEOUT_DEFAULT);
+        assert_eq!(proxy.idle_timeout.0, Some(Duration::from_secs(3600)));
+    }
+
+    #[test]
+    fn control_addresses() {
+        for (text, url) in [
+            ("http://127.0.0.1:7400", "http://127.0.0.1:7400"),
+            ("balancer.example:7400/", "http://balancer.example:7400"),
+            ("[::1]:7400", "http://[::1]:7400"),
+        ] {
+            assert_eq!(parse_control(text).as_deref(), Ok(url), "{text}");
+        }
+        for text in [
+            "",
+            "127.0.0.1",
+            "http://",
+            ":7400",
+            "http://a:0",
+            "https://a:7400",
+            "http://a:7400/x",
+            "a b:1",
+            "::1:x",
+        ] {
+            assert!(parse_control(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_no_resource_can_have_is_refused() {
+        for wrong in [
+            ["--address", "0.0.0.0:5432"],
+            ["--address", "10.0.0.1:0"],
+            ["--weight", "NaN"],
+            ["--weight", "0"],
+            ["--report-interval", "10ms"],
+            ["--label", "novalue"],
+            ["--bandwidth", "fast"],
+            ["--bandwidth-cost", "nan"],
+            ["--id", "a b"],
+        ] {
+            let mut line = vec!["trimtab", "agent", "--pool", "sql"];
+            if wrong[0] != "--address" {
+                line.extend(["--address", "10.0.0.1:5432"]);
+            }
+            line.extend(wrong);
+            let error = Cli::try_parse_from(&line).expect_err(wrong[1]);
+            assert_eq!(error.kind(), clap::error::ErrorKind::ValueValidation, "{wrong:?}");
+        }
+    }
+}

@@ -1,0 +1,452 @@
+//! The balancer's configuration: one TOML file, parsed once into values that cannot be wrong.
+//!
+//! Owns: the keys, their defaults, and what may stand together. Every problem of a file is found in one pass, each with
+//! its line, its column and what to write instead; nothing is bound before a file is clean.
+//! Does not own: how TOML is read (module `reader`), what the values do.
+//!
+//! The annotated example of every key is `deploy/trimtab.example.toml`; a test keeps the two together.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::str::FromStr;
+use std::time::Duration;
+
+use allocation::{Policy, PoolName};
+use toml::Spanned;
+use toml::de::DeTable;
+
+use crate::problem::{Problem, nearest};
+use crate::units::{ListenAddress, parse_address, parse_duration};
+use reader::{Reader, Section, boolean, integer, text, texts};
+
+mod reader;
+
+/// Where control listens unless told otherwise; the admin commands and agents look there too.
+pub const CONTROL_LISTEN_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7400);
+/// Where metrics, probes and status are served unless told otherwise.
+pub const HTTP_LISTEN_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7480);
+/// How long flows may go on after a SIGTERM unless told otherwise: what systemd and Kubernetes wait before they kill.
+pub const DRAIN_TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);
+
+/// Top-level keys and policies of the design that this version does not have.
+const LATER_ROOT: [&str; 3] = ["store", "dns", "discovery"];
+const LATER_CONTROL: [&str; 2] = ["tls", "tokens"];
+const LATER_POLICIES: [&str; 8] =
+    ["p2c", "peak-ewma", "weighted-round-robin", "first", "utilization", "maglev", "prequal", "criteria"];
+/// What one buffer ring can hold.
+const BUFFERS_MAX: u64 = 32_768;
+/// A ring and a thread each; more than any machine has cores.
+const WORKERS_MAX: u64 = 1024;
+/// What the dataplane keeps for each flow; each costs a connect timeout, and the client has long gone by then.
+const CONNECT_RETRIES_MAX: u64 = 7;
+
+/// What `serve` runs with.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// gRPC: registration and administration.
+    pub control: EndpointConfig,
+    /// Metrics and probes.
+    pub http: EndpointConfig,
+    /// Moving bytes.
+    pub dataplane: DataplaneConfig,
+    /// At least one.
+    pub pools: Vec<PoolConfig>,
+    /// At least one, each of a pool in `pools`.
+    pub listeners: Vec<ListenerConfig>,
+}
+
+/// `[control]` or `[http]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EndpointConfig {
+    /// Where it listens; port 0 takes any free port.
+    pub listen: SocketAddr,
+    /// Whether the operator accepts clear text beyond loopback.
+    pub insecure: bool,
+}
+
+/// `[dataplane]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DataplaneConfig {
+    /// Worker threads; 0: one per core.
+    pub workers: usize,
+    /// What moves the bytes.
+    pub engine: Engine,
+    /// Most flows open at once; 0: from the descriptor limit.
+    pub flows_max: u32,
+    /// Receive buffers of each worker; 0: two for each flow.
+    pub buffers_max: u32,
+    /// Further backends to try after a failed connect.
+    pub connect_retries: u8,
+    /// How long a connect to a backend may take.
+    pub connect_timeout: Duration,
+    /// How long a flow may be silent; `None`: for ever.
+    pub idle_timeout: Option<Duration>,
+    /// Silence after which TCP keepalive probes a peer; `None`: never.
+    pub keepalive: Option<Duration>,
+    /// How long flows may go on after a SIGTERM.
+    pub drain_timeout: Duration,
+    /// Addresses to connect to backends from, in turn; empty: as the kernel routes.
+    pub source_addresses: Vec<IpAddr>,
+}
+
+impl Default for DataplaneConfig {
+    fn default() -> Self {
+        Self {
+            workers: 0,
+            engine: Engine::Auto,
+            flows_max: 0,
+            buffers_max: 0,
+            connect_retries: 2,
+            connect_timeout: Duration::from_secs(5),
+            idle_timeout: Some(Duration::from_secs(3600)),
+            keepalive: Some(Duration::from_secs(60)),
+            drain_timeout: DRAIN_TIMEOUT_DEFAULT,
+            source_addresses: Vec::new(),
+        }
+    }
+}
+
+/// What moves the bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Engine {
+    /// The best that works here. This version has one.
+    #[default]
+    Auto,
+    /// io_uring, or refuse to start.
+    Uring,
+}
+
+impl FromStr for Engine {
+    type Err = Problem;
+
+    fn from_str(text: &str) -> Result<Self, Problem> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "uring" => Ok(Self::Uring),
+            "epoll" | "tokio-uring" => Err(Problem::new(
+                format!("the engine {text:?} is not supported by this version"),
+                "write \"auto\" or \"uring\"; the others come in a later release",
+            )),
+            _ => Err(Problem::new(format!("there is no engine {text:?}"), "write \"auto\" or \"uring\"")),
+        }
+    }
+}
+
+/// `[[pool]]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolConfig {
+    /// Its name, unique.
+    pub name: PoolName,
+    /// How a resource is chosen for a flow.
+    pub policy: Policy,
+    /// Most flows at once to one resource, unless it says less itself; 0: no limit.
+    pub flows_max_per_resource: u32,
+}
+
+/// `[[listener]]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenerConfig {
+    /// Where flows are accepted.
+    pub bind: ListenAddress,
+    /// Who gets them.
+    pub pool: PoolName,
+}
+
+/// One problem of a configuration file, with its place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigError {
+    /// Counted from 1.
+    pub line: usize,
+    /// In characters, counted from 1.
+    pub column: usize,
+    /// What is wrong.
+    pub message: String,
+    /// What to write instead.
+    pub hint: String,
+}
+
+/// Every problem of a configuration file, by place. The operator's to mend.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the configuration has {} errors", .0.len())]
+pub struct ConfigErrors(pub Vec<ConfigError>);
+
+impl ConfigErrors {
+    /// `FILE:LINE:COL: error: …` and a hint for each, as compilers do: editors jump to it.
+    pub fn render(&self, file: &str) -> String {
+        let mut out = String::new();
+        for ConfigError { line, column, message, hint } in &self.0 {
+            let _ = writeln!(out, "{file}:{line}:{column}: error: {message}\n  hint: {hint}");
+        }
+        out
+    }
+}
+
+impl Config {
+    /// Parses a file's bytes.
+    ///
+    /// # Errors
+    /// Every problem at once.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ConfigErrors> {
+        let text = match std::str::from_utf8(bytes) {
+            Ok(text) => text,
+            Err(error) => {
+                let valid = String::from_utf8_lossy(&bytes[..error.valid_up_to()]);
+                let (line, column) = reader::place(&valid, valid.len());
+                let (message, hint) = ("this is not UTF-8 text".into(), "save the file as UTF-8".into());
+                return Err(ConfigErrors(vec![ConfigError { line, column, message, hint }]));
+            }
+        };
+        let (document, syntax_errors) = DeTable::parse_recoverable(text);
+        let mut reader = Reader::new(text, &syntax_errors);
+        let config = Self::read(&mut reader, document.get_ref());
+        let errors = reader.into_errors();
+        match config {
+            Some(config) if errors.is_empty() => Ok(config),
+            _ => Err(ConfigErrors(errors)),
+        }
+    }
+
+    /// `None` when something that has no default is missing or wrong.
+    fn read<'t>(reader: &mut Reader<'t>, table: &'t DeTable<'t>) -> Option<Self> {
+        let broken = reader.is_broken();
+        let mut root = reader.root(table);
+        let mut bound = Bound::default();
+        let control =
+            read_endpoint(root.section("control"), CONTROL_LISTEN_DEFAULT, &LATER_CONTROL, &mut bound);
+        let http = read_endpoint(root.section("http"), HTTP_LISTEN_DEFAULT, &["tls"], &mut bound);
+        let dataplane = read_dataplane(root.section("dataplane"));
+        let pools = read_pools(&mut root);
+        let known = pools.as_deref().filter(|_| !broken);
+        let listeners = read_listeners(&mut root, known, &mut bound);
+        root.finish(&LATER_ROOT);
+        Some(Self { control, http, dataplane, pools: pools?, listeners: listeners? })
+    }
+}
+
+/// Addresses that the file gave to something, and where.
+#[derive(Default)]
+struct Bound(HashMap<SocketAddr, (String, usize)>);
+
+impl Bound {
+    /// Gives the address to `owner`, or reports who has it. Port 0 is a free port each time.
+    fn claim(&mut self, reader: &mut Reader<'_>, owner: &str, address: SocketAddr, at: usize) {
+        if address.port() == 0 {
+            return;
+        }
+        match self.0.get(&address) {
+            Some((other, line)) => {
+                let hint = format!("`{other}` has it (line {line}); give one of them another port");
+                reader.report(at, Problem::new(format!("`{owner}`: {address} is taken already"), hint));
+            }
+            None => {
+                let line = reader.line(at);
+                self.0.insert(address, (owner.to_owned(), line));
+            }
+        }
+    }
+}
+
+/// `[control]` and `[http]` have the same keys; they differ in their defaults.
+fn read_endpoint(
+    mut section: Section<'_, '_>,
+    default: SocketAddr,
+    later: &[&str],
+    bound: &mut Bound,
+) -> EndpointConfig {
+    let name = section.path().to_owned();
+    let insecure = section.value("insecure", boolean).is_some_and(Spanned::into_inner);
+    let listen = section.value("listen", text(parse_address));
+    let address = listen.as_ref().map_or(default, |listen| *listen.get_ref());
+    if let Some(listen) = listen {
+        let at = listen.span().start;
+        let owner = format!("{name}.listen");
+        if !address.ip().is_loopback() && !insecure {
+            let problem = Problem::new(
+                format!("`{owner}`: {address} is open to other hosts, in clear text and to anyone"),
+                format!(
+                    "write \"127.0.0.1:{}\", or add insecure = true to [{name}] if the network is trusted",
+                    address.port()
+                ),
+            );
+            section.reader().report(at, problem);
+        }
+        bound.claim(section.reader(), &owner, address, at);
+    }
+    section.finish(later);
+    EndpointConfig { listen: address, insecure }
+}
+
+fn read_dataplane(mut section: Section<'_, '_>) -> DataplaneConfig {
+    let default = DataplaneConfig::default();
+    let read = DataplaneConfig {
+        workers: or(section.value("workers", integer(0..=WORKERS_MAX)), default.workers),
+        engine: or(section.value("engine", text(Engine::from_str)), default.engine),
+        flows_max: or(section.value("flows_max", integer(0..=u64::from(u32::MAX))), default.flows_max),
+        buffers_max: or(section.value("buffers_max", integer(0..=BUFFERS_MAX)), default.buffers_max),
+        connect_retries: or(
+            section.value("connect_retries", integer(0..=CONNECT_RETRIES_MAX)),
+            default.connect_retries,
+        ),
+        connect_timeout: or(section.value("connect_timeout", text(above_zero)), default.connect_timeout),
+        idle_timeout: or(section.value("idle_timeout", text(zero_disables)), default.idle_timeout),
+        keepalive: or(section.value("keepalive", text(keepalive)), default.keepalive),
+        drain_timeout: or(section.value("drain_timeout", text(parse_duration)), default.drain_timeout),
+        source_addresses: or(
+            section.value("source_addresses", texts(parse_source_address)),
+            default.source_addresses,
+        ),
+    };
+    section.finish(&[]);
+    read
+}
+
+/// An address of this host, without a port.
+fn parse_source_address(text: &str) -> Result<IpAddr, Problem> {
+    let hint = "write addresses of this host without a port: [\"10.0.0.9\", \"10.0.0.10\"]";
+    match text.parse::<IpAddr>() {
+        Ok(address) if address.is_unspecified() => {
+            Err(Problem::new(format!("{address} stands for any address, not for one"), hint))
+        }
+        Ok(address) => Ok(address),
+        Err(_) => Err(Problem::new(format!("{text:?} is not an IP address"), hint)),
+    }
+}
+
+/// The pools, or `None` when the name of one is unknown (then a listener may name it).
+fn read_pools(root: &mut Section<'_, '_>) -> Option<Vec<PoolConfig>> {
+    let mut pools: Option<Vec<PoolConfig>> = Some(Vec::new());
+    let mut lines: HashMap<PoolName, usize> = HashMap::new();
+    let all = root.list("pool", |mut section| {
+        let name = section.required("name", "\"sql\"", text(pool_name));
+        let policy = or(section.value("policy", text(parse_policy)), Policy::default());
+        let limit = section.value("flows_max_per_resource", integer(0..=u64::from(u32::MAX)));
+        let flows_max_per_resource = or(limit, 0);
+        if let Some(name) = &name {
+            let line = section.reader().line(name.span().start);
+            if let Some(first) = lines.insert(name.get_ref().clone(), line) {
+                let hint = format!("the first is in line {first}; rename one or merge them");
+                let message = format!("there are two pools named {:?}", name.get_ref().as_str());
+                section.reader().report(name.span().start, Problem::new(message, hint));
+            }
+        }
+        match (name, &mut pools) {
+            (Some(name), Some(pools)) => {
+                pools.push(PoolConfig { name: name.into_inner(), policy, flows_max_per_resource });
+            }
+            _ => pools = None,
+        }
+        section.finish(&["criteria", "split"]);
+    });
+    pools.filter(|_| all)
+}
+
+/// The listeners, or `None` when one has no usable address or pool. `pools` is `None` when they are not all known.
+fn read_listeners(
+    root: &mut Section<'_, '_>,
+    pools: Option<&[PoolConfig]>,
+    bound: &mut Bound,
+) -> Option<Vec<ListenerConfig>> {
+    let mut listeners = Some(Vec::new());
+    let mut any = false;
+    let all = root.list("listener", |mut section| {
+        any = true;
+        let bind = section.required("bind", "\"tcp://0.0.0.0:5432\"", text(ListenAddress::from_str));
+        let pool = section.required("pool", "\"sql\"", text(pool_name));
+        if let Some(bind) = &bind {
+            bound.claim(section.reader(), "listener.bind", bind.get_ref().0, bind.span().start);
+        }
+        if let (Some(pool), Some(pools)) = (&pool, pools)
+            && let Some(problem) = unknown_pool(pool.get_ref(), pools)
+        {
+            section.reader().report(pool.span().start, problem);
+        }
+        match (bind, pool, &mut listeners) {
+            (Some(bind), Some(pool), Some(listeners)) => {
+                listeners.push(ListenerConfig { bind: bind.into_inner(), pool: pool.into_inner() });
+            }
+            _ => listeners = None,
+        }
+        section.finish(&["requires", "tls"]);
+    });
+    if !any && all && !root.reader().is_broken() {
+        let hint =
+            "add [[pool]] with a name, and [[listener]] with bind = \"tcp://0.0.0.0:5432\" and that pool";
+        root.reader().report(0, Problem::new("there is no listener, so nothing would be balanced", hint));
+    }
+    listeners.filter(|_| all)
+}
+
+fn unknown_pool(pool: &PoolName, pools: &[PoolConfig]) -> Option<Problem> {
+    let names = || pools.iter().map(|known| known.name.as_str());
+    if names().any(|name| name == pool.as_str()) {
+        return None;
+    }
+    let hint = match nearest(pool.as_str(), names()) {
+        Some(meant) => format!("did you mean \"{meant}\"?"),
+        None => format!("add [[pool]] with name = \"{pool}\""),
+    };
+    Some(Problem::new(format!("`listener.pool`: there is no pool {:?}", pool.as_str()), hint))
+}
+
+fn or<T>(value: Option<Spanned<T>>, default: T) -> T {
+    value.map_or(default, Spanned::into_inner)
+}
+
+fn pool_name(text: &str) -> Result<PoolName, Problem> {
+    text.parse().map_err(|error: allocation::IdError| {
+        Problem::new(format!("{text:?} is not a name: it {error}"), "write a short name, as \"sql\"")
+    })
+}
+
+/// Parses the name of a policy; the command line takes the same ones.
+///
+/// # Errors
+/// When there is none of that name.
+pub fn parse_policy(text: &str) -> Result<Policy, Problem> {
+    text.parse().map_err(|_| {
+        let names: Vec<_> = Policy::ALL.iter().map(|policy| policy.name()).collect();
+        if LATER_POLICIES.contains(&text) {
+            let message = format!("the policy {text:?} is not supported by this version");
+            return Problem::new(message, format!("there are {}", names.join(", ")));
+        }
+        let hint = match nearest(text, names.iter().copied()) {
+            Some(meant) => format!("did you mean \"{meant}\"?"),
+            None => format!("there are {}", names.join(", ")),
+        };
+        Problem::new(format!("there is no policy {text:?}"), hint)
+    })
+}
+
+/// Parses a duration that may not be zero.
+///
+/// # Errors
+/// When it is zero or no duration.
+pub fn above_zero(text: &str) -> Result<Duration, Problem> {
+    match parse_duration(text)? {
+        Duration::ZERO => Err(Problem::new(format!("{text:?} leaves no time"), "write at least \"1ms\"")),
+        duration => Ok(duration),
+    }
+}
+
+/// Parses a duration of which zero means never.
+///
+/// # Errors
+/// When it is no duration.
+pub fn zero_disables(text: &str) -> Result<Option<Duration>, Problem> {
+    parse_duration(text).map(|duration| (!duration.is_zero()).then_some(duration))
+}
+
+/// TCP keepalive counts in whole seconds.
+fn keepalive(text: &str) -> Result<Option<Duration>, Problem> {
+    match zero_disables(text)? {
+        Some(duration) if duration.subsec_millis() != 0 => Err(Problem::new(
+            format!("{text:?} is not in whole seconds"),
+            "write \"60s\"; \"0s\" switches keepalive off",
+        )),
+        other => Ok(other),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,85 @@
+//! `trimtab proxy`: the dataplane alone, with a table that is published once.
+//!
+//! No control, no runtime: an idle process is its workers and one thread asleep in `poll`.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use allocation::{AllocationTable, Backend, LiveFacts, Members, PoolName, Publisher, ResourceId};
+
+use crate::cli::ProxyArgs;
+use crate::config::Engine;
+use crate::failure::Failure;
+use crate::life;
+use crate::problem::Problem;
+use crate::units::ListenAddress;
+
+const POOL: &str = "proxy";
+
+/// Balances until it is told to stop.
+///
+/// # Errors
+/// When an address is given twice, something cannot be bound, or a worker fails.
+pub fn run(args: &ProxyArgs) -> Result<(), Failure> {
+    let mut signals = life::signals(args.with_parent)?;
+    life::raise_descriptor_limit();
+    let bound = dataplane::bind(configuration(args)?)
+        .map_err(|errors| Failure::Start(errors.iter().map(ToString::to_string).collect()))?;
+    let addresses = bound.addresses();
+    let dataplane = bound.start().map_err(Failure::start)?;
+    let lines: String = addresses
+        .into_iter()
+        .map(|address| format!("listening {} pool={POOL}\n", ListenAddress(address)))
+        .collect();
+    life::announce(&(lines + "ready\n"));
+    life::run(dataplane, &mut signals, args.drain_timeout, || Ok(()), || ())
+}
+
+fn configuration(args: &ProxyArgs) -> Result<dataplane::Config, Failure> {
+    let listen: Vec<SocketAddr> = args.listen.iter().map(|listen| listen.0).collect();
+    // Port 0 is another port each time.
+    let fixed: Vec<_> = listen.iter().copied().filter(|address| address.port() != 0).collect();
+    for (flag, addresses) in [("--listen", &fixed), ("--to", &args.to)] {
+        let mut seen = HashSet::new();
+        if let Some(twice) = addresses.iter().find(|address| !seen.insert(**address)) {
+            let message = format!("{flag} has {twice} twice");
+            return Err(Failure::Usage(Problem::new(message, "remove one of the two")));
+        }
+    }
+    let pool: PoolName = POOL.parse().map_err(|error: allocation::IdError| Failure::Fault(error.into()))?;
+    let table = Publisher::new(table(args)?);
+    let listeners = listen.into_iter().map(|bind| dataplane::ListenerConfig {
+        bind,
+        pool: pool.clone(),
+        table: table.clone(),
+    });
+    let mut config = dataplane::Config::new(listeners.collect());
+    config.workers = usize::from(args.workers);
+    config.limits.flows_max = args.flows_max;
+    config.timeouts.connect = args.connect_timeout;
+    config.timeouts.idle = args.idle_timeout.0;
+    config.engine_reason = engine_reason(args.engine);
+    Ok(config)
+}
+
+/// All alike: a weight of 1 each.
+fn table(args: &ProxyArgs) -> Result<AllocationTable, Failure> {
+    let backend = |address: &SocketAddr| {
+        // Names have no brackets, which an IPv6 address with a port is written in.
+        let id: ResourceId = format!("{}:{}", address.ip(), address.port()).parse()?;
+        Ok(Backend { id, address: *address, flows_max: 0, live: Arc::new(LiveFacts::default()) })
+    };
+    let backends: Result<Vec<_>, allocation::IdError> = args.to.iter().map(backend).collect();
+    let members = Members::new(backends.map_err(|error| Failure::Fault(error.into()))?);
+    let weights = vec![1.0; args.to.len()];
+    Ok(AllocationTable::new(1, args.policy, Arc::new(members), weights))
+}
+
+/// Why the engine was taken, for `trimtab_engine_info`.
+pub fn engine_reason(engine: Engine) -> &'static str {
+    match engine {
+        Engine::Auto => "probed",
+        Engine::Uring => "configured",
+    }
+}

@@ -1,0 +1,221 @@
+//! `trimtab serve`: dataplane and control, wired by the tables that one publishes and the other reads.
+//!
+//! ```text
+//! parse -> bind all -> start workers -> Ready -> … SIGTERM -> Draining -> workers end -> Terminated -> control ends
+//! ```
+
+use std::net::{SocketAddr, TcpListener};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use allocation::{AllocationTable, Publisher};
+use control::{Control, ControlConfig, Phase};
+use dataplane::Bound;
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::cli::ServeArgs;
+use crate::config::{Config, EndpointConfig};
+use crate::failure::Failure;
+use crate::proxy::engine_reason;
+use crate::units::ListenAddress;
+use crate::{check, host_name, life};
+
+/// Threads of control. Cores belong to the dataplane; reports of thousands of resources need less than one.
+const CONTROL_THREADS: usize = 2;
+/// Threads that render metrics.
+const BLOCKING_THREADS_MAX: usize = 2;
+/// How long control may take to say goodbye when all flows have ended.
+const CONTROL_END_TIMEOUT: Duration = Duration::from_secs(5);
+/// Most resources in one pool: what the allocation table is measured with.
+const RESOURCES_MAX: usize = 10_000;
+/// How long a resource that joins established ones takes to its full share: a few reports.
+const SLOW_START: Duration = Duration::from_secs(10);
+
+/// Balances until it is told to stop.
+///
+/// # Errors
+/// When the configuration is wrong, something cannot be bound, or a worker or control fails.
+pub fn run(args: &ServeArgs) -> Result<(), Failure> {
+    let config = check::load(&args.config)?;
+    let mut signals = life::signals(args.with_parent)?;
+    life::raise_descriptor_limit();
+    let runtime = runtime()?;
+
+    let pools = Pools::of(&config);
+    let (bound, control) = bind(&config, &pools, &runtime)?;
+    let lines = lines(&config, &bound, &control);
+
+    let (phase, seen) = watch::channel(Phase::Starting);
+    let mut control = Some(runtime.spawn(control.run(seen)));
+    let dataplane = bound.start().map_err(Failure::start)?;
+    phase.send_replace(Phase::Ready);
+    life::announce(&lines);
+
+    let drained = life::run(
+        dataplane,
+        &mut signals,
+        config.dataplane.drain_timeout,
+        || control_lives(&runtime, &mut control),
+        || {
+            phase.send_replace(Phase::Draining);
+        },
+    );
+    phase.send_replace(Phase::Terminated);
+    let ended = end_control(&runtime, control);
+    runtime.shutdown_background();
+    drained.and(ended)
+}
+
+/// Each pool's table, by the pool's place in the configuration.
+struct Pools(Vec<Publisher>);
+
+impl Pools {
+    fn of(config: &Config) -> Self {
+        Self(config.pools.iter().map(|pool| Publisher::new(AllocationTable::empty(pool.policy))).collect())
+    }
+}
+
+/// Binds everything, or says everything that cannot be bound.
+fn bind(config: &Config, pools: &Pools, runtime: &Runtime) -> Result<(Bound, Control), Failure> {
+    let bound = dataplane::bind(dataplane_config(config, pools)).map_err(|errors| {
+        let mut reasons: Vec<String> = errors.iter().map(listener_reason).collect();
+        reasons.extend(refused("control.listen", config.control));
+        reasons.extend(refused("http.listen", config.http));
+        Failure::Start(reasons)
+    })?;
+    let control = runtime.block_on(Control::bind(control_config(config, pools, &bound)));
+    let control = control.map_err(|error| {
+        let mut reasons = vec![error.to_string()];
+        if matches!(error, control::StartError::Bind { key: "control.listen", .. }) {
+            reasons.extend(refused("http.listen", config.http));
+        }
+        Failure::Start(reasons)
+    })?;
+    if config.http.insecure && !config.http.listen.ip().is_loopback() {
+        tracing::warn!(address = %config.http.listen, "http listens beyond loopback: anyone who reaches it can read metrics");
+    }
+    Ok((bound, control))
+}
+
+/// What control would say of an address that it was not asked to bind because something else had failed already.
+fn refused(key: &'static str, endpoint: EndpointConfig) -> Option<String> {
+    let source = TcpListener::bind(endpoint.listen).err()?;
+    Some(control::StartError::Bind { key, address: endpoint.listen, source }.to_string())
+}
+
+fn listener_reason(error: &dataplane::StartError) -> String {
+    use dataplane::StartError::{AddressInUse, Bind};
+    match error {
+        AddressInUse { .. } | Bind { .. } => format!("listener.bind: {error}"),
+        _ => error.to_string(),
+    }
+}
+
+fn dataplane_config(config: &Config, pools: &Pools) -> dataplane::Config {
+    let listeners = config.listeners.iter().flat_map(|listener| {
+        let place = config.pools.iter().position(|pool| pool.name == listener.pool);
+        // The configuration was refused if a listener names no pool.
+        place.map(|place| dataplane::ListenerConfig {
+            bind: listener.bind.0,
+            pool: listener.pool.clone(),
+            table: pools.0[place].clone(),
+        })
+    });
+    let mut made = dataplane::Config::new(listeners.collect());
+    let told = &config.dataplane;
+    made.workers = told.workers;
+    made.limits.flows_max = told.flows_max;
+    made.limits.buffers_max = told.buffers_max;
+    made.limits.connect_retries = told.connect_retries;
+    made.timeouts.connect = told.connect_timeout;
+    made.timeouts.idle = told.idle_timeout;
+    made.timeouts.keepalive = told.keepalive;
+    made.sources = told.source_addresses.clone();
+    made.engine_reason = engine_reason(told.engine);
+    made
+}
+
+fn control_config(config: &Config, pools: &Pools, bound: &Bound) -> ControlConfig {
+    let addresses: Vec<_> = config.listeners.iter().zip(bound.addresses()).collect();
+    let pools = config.pools.iter().zip(&pools.0).map(|(pool, publisher)| control::Pool {
+        name: pool.name.clone(),
+        policy: pool.policy,
+        publisher: publisher.clone(),
+        listeners: addresses
+            .iter()
+            .filter(|(listener, _)| listener.pool == pool.name)
+            .map(|(_, address)| ListenAddress(*address).to_string())
+            .collect(),
+        flows_max_default: pool.flows_max_per_resource,
+    });
+    ControlConfig {
+        listen: config.control.listen,
+        http: config.http.listen,
+        insecure: config.control.insecure,
+        balancer_id: balancer_id(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pools: pools.collect(),
+        dataplane: bound.view(),
+        origin: bound.origin(),
+        slow_start: SLOW_START,
+        resources_max: RESOURCES_MAX,
+    }
+}
+
+/// New with every start: the host, the moment and the process.
+fn balancer_id() -> String {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    format!("{}/{}-{}", host_name(), since_1970.as_millis(), std::process::id())
+}
+
+/// What scripts wait for: where everything listens, with the ports that were really bound.
+fn lines(config: &Config, bound: &Bound, control: &Control) -> String {
+    let listening = |(listener, address): (&crate::config::ListenerConfig, SocketAddr)| {
+        format!("listening {} pool={}\n", ListenAddress(address), listener.pool)
+    };
+    let listeners: String = config.listeners.iter().zip(bound.addresses()).map(listening).collect();
+    format!(
+        "{listeners}control http://{}\nhttp http://{}\nready\n",
+        control.control_address(),
+        control.http_address()
+    )
+}
+
+fn runtime() -> Result<Runtime, Failure> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(CONTROL_THREADS)
+        .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .thread_name("control")
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::start(format!("cannot make an event loop: {error}")))
+}
+
+type Running = JoinHandle<Result<(), control::RunError>>;
+
+/// Control ends only when it is told to: anything else is a fault.
+fn control_lives(runtime: &Runtime, control: &mut Option<Running>) -> Result<(), Failure> {
+    match control.take_if(|running| running.is_finished()) {
+        None => Ok(()),
+        Some(ended) => {
+            joined(runtime.block_on(ended))?;
+            Err(Failure::Fault(anyhow::anyhow!("control ended though nobody asked it to")))
+        }
+    }
+}
+
+fn end_control(runtime: &Runtime, control: Option<Running>) -> Result<(), Failure> {
+    let Some(running) = control else { return Ok(()) };
+    match runtime.block_on(async { tokio::time::timeout(CONTROL_END_TIMEOUT, running).await }) {
+        Ok(ended) => joined(ended),
+        Err(_) => {
+            tracing::warn!("a peer kept its connection to control open; it is cut");
+            Ok(())
+        }
+    }
+}
+
+fn joined(ended: Result<Result<(), control::RunError>, tokio::task::JoinError>) -> Result<(), Failure> {
+    ended.map_err(|error| Failure::Fault(error.into()))?.map_err(|error| Failure::Fault(error.into()))
+}
