@@ -1,0 +1,35 @@
+//! What the end-to-end tests are made of: the release binary, PostgreSQL, agents, clients, and what they measured.
+//!
+//! Each test starts what it needs and ends it, also when it panics: every fixture ends its processes and removes its
+//! folder when it is dropped, and every process ends by itself when this one is killed. Nothing here sleeps in the hope
+//! that something has happened by then: [`until`] waits for a condition, and says what it waited for when it gives up.
+//!
+//! The scenarios are in `tests/tests`, one file for each group. They need PostgreSQL 15 and promtool (`cargo xtask
+//! install` brings both), and `cargo build --release -p trimtab`. What is missing fails the test and says so.
+#![forbid(unsafe_code)]
+
+mod address;
+mod busy;
+mod http;
+mod lab;
+mod metrics;
+mod pattern;
+mod postgres;
+mod process;
+mod sql;
+mod tcp;
+mod trimtab;
+mod wait;
+
+pub use address::loopback;
+pub use busy::{Cgroup, write_utilization};
+pub use http::{HttpAnswer, get};
+pub use lab::{Lab, Member, POOL};
+pub use metrics::Metrics;
+pub use pattern::{check_stream, send_stream};
+pub use postgres::{PgBench, Postgres};
+pub use process::{Descriptors, Ended, Process, descriptors, resident_bytes};
+pub use sql::{Attempt, Load, Psql, SqlClient, SqlError};
+pub use tcp::{Backend, connect, is_reset, listen, reset};
+pub use trimtab::{Balancer, BalancerConfig, Proxy, trimtab, trimtab_command};
+pub use wait::{PATIENCE, until, within};

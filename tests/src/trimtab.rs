@@ -1,0 +1,277 @@
+//! The binary under test: balancer, proxy, agents, and the commands that ask.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::{Ended, HttpAnswer, Metrics, PATIENCE, Process, get};
+
+/// Where cargo puts what it builds.
+#[track_caller]
+pub(crate) fn target_folder() -> PathBuf {
+    // target/PROFILE/deps/TEST
+    let test = std::env::current_exe().expect("a running program has a path");
+    test.ancestors().nth(3).expect("tests are run by cargo").to_owned()
+}
+
+/// The binary under test: `TRIMTAB_BIN`, or the release build.
+#[track_caller]
+fn binary() -> PathBuf {
+    let named = std::env::var_os("TRIMTAB_BIN").map(PathBuf::from);
+    let binary = named.unwrap_or_else(|| target_folder().join("release/trimtab"));
+    assert!(
+        binary.exists(),
+        "{} is missing: run `cargo build --release -p trimtab`, or name another binary in TRIMTAB_BIN",
+        binary.display()
+    );
+    binary
+}
+
+/// A `trimtab` command. It ends when the thread that starts it does.
+///
+/// # Panics
+/// When the binary is not built.
+#[track_caller]
+pub fn trimtab_command(arguments: &[&str]) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(binary()).args(arguments);
+    command.env_remove("RUST_LOG").env_remove("TRIMTAB_CONTROL");
+    command
+}
+
+/// Runs a `trimtab` command to its end.
+///
+/// # Panics
+/// When it does not end.
+#[track_caller]
+pub fn trimtab(arguments: &[&str]) -> Ended {
+    let name = format!("trimtab {}", arguments.join(" "));
+    let mut process = Process::start(&name, &mut trimtab_command(arguments));
+    process.close_stdin();
+    process.wait(PATIENCE).0
+}
+
+/// What a balancer is configured with. No resource is ever in it.
+#[derive(Debug, Clone)]
+pub struct BalancerConfig {
+    /// Where control listens.
+    pub control: SocketAddr,
+    /// Where metrics are.
+    pub http: SocketAddr,
+    /// Where clients connect.
+    pub listener: SocketAddr,
+    /// Lines of `[dataplane]`.
+    pub dataplane: String,
+    /// Lines of the `[[pool]]`.
+    pub pool: String,
+}
+
+impl Default for BalancerConfig {
+    fn default() -> Self {
+        let [control, http, listener] = std::array::from_fn(|_| crate::loopback());
+        Self { control, http, listener, dataplane: String::new(), pool: String::new() }
+    }
+}
+
+impl BalancerConfig {
+    /// As a file.
+    pub fn text(&self) -> String {
+        let Self { control, http, listener, dataplane, pool } = self;
+        let mut text = format!("[control]\nlisten = \"{control}\"\n[http]\nlisten = \"{http}\"\n");
+        let _ = write!(text, "[dataplane]\n{dataplane}\n[[pool]]\nname = \"{}\"\n{pool}\n", crate::POOL);
+        let _ = write!(text, "[[listener]]\nbind = \"tcp://{listener}\"\npool = \"{}\"\n", crate::POOL);
+        text
+    }
+}
+
+/// A running `trimtab serve`.
+#[derive(Debug)]
+pub struct Balancer {
+    config: BalancerConfig,
+    file: PathBuf,
+    _folder: TempDir,
+    process: Process,
+}
+
+impl Balancer {
+    /// Starts it, and waits until it says that it is ready.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[track_caller]
+    pub fn start(config: BalancerConfig) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let file = folder.path().join("trimtab.toml");
+        std::fs::write(&file, config.text()).expect("a file in our own folder");
+        let process = serve(&file);
+        let mut balancer = Self { config, file, _folder: folder, process };
+        balancer.wait_until_ready();
+        balancer
+    }
+
+    /// Starts it again after it ended; does not wait until it is ready.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[track_caller]
+    pub fn start_again(&mut self) {
+        assert!(!self.process.is_running(), "it still runs");
+        self.process = serve(&self.file);
+    }
+
+    /// Waits until it says that it is ready.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[track_caller]
+    pub fn wait_until_ready(&mut self) {
+        self.process.wait_for_line(PATIENCE, |line| (line == "ready").then_some(()));
+    }
+
+    /// What it was configured with.
+    pub fn config(&self) -> &BalancerConfig {
+        &self.config
+    }
+
+    /// Where clients connect.
+    pub fn listener(&self) -> SocketAddr {
+        self.config.listener
+    }
+
+    /// Where control listens.
+    pub fn control(&self) -> SocketAddr {
+        self.config.control
+    }
+
+    /// The process.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// Its metrics now.
+    ///
+    /// # Panics
+    /// When it does not answer.
+    #[track_caller]
+    pub fn metrics(&self) -> Metrics {
+        Metrics::scrape(self.config.http)
+    }
+
+    /// What a probe of `path` gets; `None`: no answer.
+    pub fn probe(&self, path: &str) -> Option<HttpAnswer> {
+        get(self.config.http, path).ok()
+    }
+
+    /// Runs an admin command against it, which must succeed; gives what it printed.
+    ///
+    /// # Panics
+    /// When it does not succeed.
+    #[track_caller]
+    pub fn admin(&self, arguments: &[&str]) -> String {
+        let control = format!("http://{}", self.config.control);
+        let ended = trimtab(&[arguments, &["--control", &control]].concat());
+        assert_eq!(ended.code, Some(0), "trimtab {arguments:?}: {}", ended.stderr);
+        ended.stdout
+    }
+
+    /// `trimtab resources -o json`, by id.
+    ///
+    /// # Panics
+    /// When it does not answer so.
+    #[track_caller]
+    pub fn resources(&self) -> serde_json::Map<String, serde_json::Value> {
+        let text = self.admin(&["resources", "-o", "json"]);
+        let resources: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let list = resources["resources"].as_array().expect("a list of resources");
+        let by_id =
+            |resource: &serde_json::Value| Some((resource["id"].as_str()?.to_owned(), resource.clone()));
+        list.iter().map(|resource| by_id(resource).expect("a resource has an id")).collect()
+    }
+
+    /// How many resources get new flows.
+    #[track_caller]
+    pub fn ready_resources(&self) -> usize {
+        self.resources().values().filter(|resource| resource["state"] == "ready").count()
+    }
+
+    /// Starts an agent that registers `address` as `id`.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[track_caller]
+    pub fn agent(&self, id: &str, address: SocketAddr, further: &[&str]) -> Process {
+        let (balancer, address) = (format!("http://{}", self.config.control), address.to_string());
+        let arguments =
+            ["agent", "--pool", crate::POOL, "--id", id, "--address", &address, "--balancer", &balancer];
+        Process::start(&format!("agent {id}"), &mut trimtab_command(&[&arguments, further].concat()))
+    }
+}
+
+#[track_caller]
+fn serve(file: &Path) -> Process {
+    let file = file.to_str().expect("a plain path");
+    Process::start("balancer", &mut trimtab_command(&["serve", "-c", file]))
+}
+
+/// A running `trimtab proxy`.
+#[derive(Debug)]
+pub struct Proxy {
+    process: Process,
+    listener: SocketAddr,
+}
+
+impl Proxy {
+    /// Starts it with these backends and further arguments, at any free port.
+    ///
+    /// # Panics
+    /// When it does not get ready.
+    #[track_caller]
+    pub fn start(backends: &[SocketAddr], further: &[&str]) -> Self {
+        Self::start_at(SocketAddr::new(crate::loopback().ip(), 0), backends, further)
+    }
+
+    /// Starts it at this address.
+    ///
+    /// # Panics
+    /// When it does not get ready.
+    #[track_caller]
+    pub fn start_at(listen: SocketAddr, backends: &[SocketAddr], further: &[&str]) -> Self {
+        let listen = format!("tcp://{listen}");
+        let mut command = trimtab_command(&["proxy", "--listen", &listen]);
+        for backend in backends {
+            command.args(["--to", &backend.to_string()]);
+        }
+        let mut process = Process::start("proxy", command.args(further));
+        let listener = process.wait_for_line(PATIENCE, |line| {
+            line.strip_prefix("listening tcp://")?.split(' ').next()?.parse().ok()
+        });
+        process.wait_for_line(PATIENCE, |line| (line == "ready").then_some(()));
+        Self { process, listener }
+    }
+
+    /// Where clients connect.
+    pub fn listener(&self) -> SocketAddr {
+        self.listener
+    }
+
+    /// The process.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// Ends it as an operator does.
+    ///
+    /// # Panics
+    /// When it does not end well within `limit`.
+    #[track_caller]
+    pub fn stop(mut self, limit: Duration) {
+        self.process.signal(Signal::TERM);
+        let (ended, _) = self.process.wait(limit);
+        assert_eq!(ended.code, Some(0), "proxy: {}", ended.stderr);
+    }
+}
