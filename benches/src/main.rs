@@ -1,0 +1,188 @@
+//! `bench proxies`: trimtab beside its peers. `bench select`: the cost of a selection and of a new table.
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use benches::case::Case;
+use benches::measure::Conditions;
+use benches::peer::{Installed, Proxy};
+use benches::process;
+use benches::report::Report;
+use benches::rounds::{self, Plan};
+use benches::select;
+use clap::{Args, Parser, Subcommand};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+/// How fast trimtab is, and how fast its peers are, here.
+#[derive(Debug, Parser)]
+#[command(name = "bench", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// trimtab, HAProxy, nginx and Envoy as one-worker TCP proxies, interleaved round by round
+    Proxies(ProxiesArguments),
+    /// Nanoseconds for a selection and for a new allocation table
+    Select(SelectArguments),
+}
+
+#[derive(Debug, Args)]
+struct ProxiesArguments {
+    /// Cases, by name or beginning (`connect` is both kinds of it); all without it
+    #[arg(long, value_delimiter = ',')]
+    cases: Vec<String>,
+    /// Who takes part; those that are not installed are left out
+    #[arg(long, value_delimiter = ',', value_enum, default_values_t = Proxy::ALL)]
+    proxies: Vec<Proxy>,
+    /// Rounds
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+    /// Length of a measurement
+    #[arg(long, default_value_t = 3.0, value_parser = seconds)]
+    seconds: f64,
+    /// Length of the warm-up before each
+    #[arg(long, default_value_t = 1.0, value_parser = seconds)]
+    warmup: f64,
+    /// Operations a second for ping64x64@rate; half of what the slowest proxy manages without it
+    #[arg(long, value_parser = rate)]
+    rate: Option<f64>,
+    /// Times that a measurement is repeated when other processes used more than a twentieth of either processor in it
+    #[arg(long, default_value_t = 3)]
+    retries: u16,
+    /// Processor for the proxies
+    #[arg(long, default_value_t = 1)]
+    proxy_cpu: usize,
+    /// Processor for clients and backends
+    #[arg(long, default_value_t = 0)]
+    load_cpu: usize,
+    /// Write everything measured here
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the tables here as well
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct SelectArguments {
+    /// Write everything measured here
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: What) -> anyhow::Result<()> {
+    match command {
+        What::Proxies(arguments) => proxies(&arguments),
+        What::Select(arguments) => {
+            let micros = select::run();
+            print!("{}", select::markdown(&micros));
+            write(arguments.json.as_ref(), || Ok(serde_json::to_string_pretty(&micros)?))
+        }
+    }
+}
+
+fn proxies(arguments: &ProxiesArguments) -> anyhow::Result<()> {
+    let plan = plan(arguments)?;
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted)).context("handling signals")?;
+    }
+    process::kill_all_on_panic();
+    process::raise_descriptor_limit().context("raising the limit of open files")?;
+    let ProxiesArguments { proxy_cpu, load_cpu, .. } = *arguments;
+    process::pin_to(load_cpu).with_context(|| format!("running on processor {load_cpu} (--load-cpu)"))?;
+    let conditions = Conditions {
+        warmup: Duration::from_secs_f64(arguments.warmup),
+        window: Duration::from_secs_f64(arguments.seconds),
+        proxy_cpu,
+        load_cpu,
+        rate: 0.0,
+        interrupted,
+    };
+    let outcome = rounds::run(&plan, &conditions, &mut |line| eprintln!("{line}"));
+    let report = Report::new(&plan, &conditions, &outcome);
+    let tables = report.markdown();
+    println!("{tables}");
+    write(arguments.markdown.as_ref(), || Ok(tables.clone()))?;
+    write(arguments.json.as_ref(), || Ok(serde_json::to_string_pretty(&report)?))?;
+    ensure!(!outcome.interrupted, "interrupted: what is above is what there was");
+    ensure!(outcome.failures.is_empty(), "{} measurements failed", outcome.failures.len());
+    Ok(())
+}
+
+/// Parses what arguments cannot check by themselves, and looks who is there.
+fn plan(arguments: &ProxiesArguments) -> anyhow::Result<Plan> {
+    let mut cases: Vec<Case> = Vec::new();
+    for text in &arguments.cases {
+        cases.extend(Case::named(text).map_err(anyhow::Error::msg)?);
+    }
+    if cases.is_empty() {
+        cases = Case::ALL.to_vec();
+    }
+    cases.sort();
+    cases.dedup();
+    ensure!(
+        arguments.proxy_cpu != arguments.load_cpu,
+        "the load must not run on the processor of what it measures: --proxy-cpu and --load-cpu are both {}",
+        arguments.load_cpu
+    );
+    for cpu in [arguments.proxy_cpu, arguments.load_cpu] {
+        ensure!(
+            process::may_use(cpu)?,
+            "this process may not run on processor {cpu}: choose --proxy-cpu and --load-cpu"
+        );
+    }
+    let mut wanted = arguments.proxies.clone();
+    wanted.sort();
+    wanted.dedup();
+    let mut proxies = Vec::new();
+    for proxy in wanted {
+        match Installed::find(proxy) {
+            Ok(installed) => proxies.push(installed),
+            Err(missing) => eprintln!("{missing}"),
+        }
+    }
+    if proxies.is_empty() {
+        bail!("there is nobody to measure");
+    }
+    let (rounds, retries) = (arguments.rounds.into(), arguments.retries.into());
+    Ok(Plan { cases, proxies, rounds, retries, rate: arguments.rate })
+}
+
+fn write(file: Option<&PathBuf>, text: impl FnOnce() -> anyhow::Result<String>) -> anyhow::Result<()> {
+    let Some(file) = file else { return Ok(()) };
+    fs::write(file, text()? + "\n").with_context(|| format!("writing {}", file.display()))
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.1..=600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("it takes 0.1 to 600".to_owned()),
+    }
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(rate) if (1.0..=10_000_000.0).contains(&rate) => Ok(rate),
+        _ => Err("it takes 1 to 10000000".to_owned()),
+    }
+}

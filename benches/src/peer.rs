@@ -1,0 +1,361 @@
+//! The proxies: where they are, how each is configured to be at its best with one worker, and how it is started.
+
+use std::fmt;
+use std::fmt::Write as _;
+use std::fs;
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use serde::{Serialize, Serializer};
+
+use crate::process::ProcessTree;
+
+/// How long a proxy may take until it accepts.
+const READY: Duration = Duration::from_secs(15);
+
+/// Who carries the load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Proxy {
+    /// Nobody: clients connect to the backends. What is left then is the load's own cost.
+    Direct,
+    /// HAProxy in TCP mode.
+    Haproxy,
+    /// nginx with its stream module.
+    Nginx,
+    /// Envoy's `tcp_proxy`.
+    Envoy,
+    /// trimtab.
+    Trimtab,
+}
+
+impl Proxy {
+    /// All, in the order of columns.
+    pub const ALL: [Self; 5] = [Self::Direct, Self::Haproxy, Self::Nginx, Self::Envoy, Self::Trimtab];
+
+    /// As in arguments and JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Haproxy => "haproxy",
+            Self::Nginx => "nginx",
+            Self::Envoy => "envoy",
+            Self::Trimtab => "trimtab",
+        }
+    }
+
+    /// Whether trimtab is compared with it.
+    pub fn is_peer(self) -> bool {
+        matches!(self, Self::Haproxy | Self::Nginx | Self::Envoy)
+    }
+}
+
+impl fmt::Display for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl Serialize for Proxy {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+/// A proxy that can be run here.
+#[derive(Debug, Clone, Serialize)]
+pub struct Installed {
+    /// Which.
+    pub proxy: Proxy,
+    /// Its program; empty for [`Proxy::Direct`].
+    #[serde(skip)]
+    pub program: PathBuf,
+    /// What it says of itself.
+    pub version: String,
+}
+
+/// A proxy that is not installed.
+#[derive(Debug, thiserror::Error)]
+#[error("{proxy} is left out: {program} was not found; {remedy}")]
+pub struct NotInstalled {
+    proxy: Proxy,
+    program: String,
+    remedy: &'static str,
+}
+
+/// What a proxy shall do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Task {
+    /// Where it listens.
+    pub listen: SocketAddr,
+    /// Where it connects to.
+    pub backends: Vec<SocketAddr>,
+    /// Long transfers: what a proxy offers for them is switched on.
+    pub bulk: bool,
+}
+
+/// How a proxy is started: its command line and its configuration file, if it has one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Setup {
+    /// Arguments; `FOLDER` stands for the temporary folder.
+    pub arguments: Vec<String>,
+    /// Name and content of the configuration file.
+    pub file: Option<(&'static str, String)>,
+}
+
+impl Installed {
+    /// Looks for a proxy: on `PATH` and in the system's folders; Envoy also in `target/venv`; trimtab where
+    /// `TRIMTAB_BIN` says or beside this program.
+    pub fn find(proxy: Proxy) -> Result<Self, NotInstalled> {
+        let peer_hint = "`cargo xtask install bench` installs it";
+        let (name, version_flag, remedy) = match proxy {
+            Proxy::Direct => return Ok(Self { proxy, program: PathBuf::new(), version: String::new() }),
+            Proxy::Haproxy => ("haproxy", "-v", peer_hint),
+            Proxy::Nginx => ("nginx", "-v", peer_hint),
+            Proxy::Envoy => ("envoy", "--version", peer_hint),
+            Proxy::Trimtab => {
+                ("trimtab", "--version", "`cargo build --release -p trimtab` builds it, or set TRIMTAB_BIN")
+            }
+        };
+        let missing = |program: &str| NotInstalled { proxy, program: program.to_owned(), remedy };
+        let program =
+            candidates(proxy, name).into_iter().find(|p| p.is_file()).ok_or_else(|| missing(name))?;
+        if proxy == Proxy::Nginx && !Path::new(NGINX_STREAM).exists() {
+            return Err(missing(NGINX_STREAM));
+        }
+        let version = version(&program, version_flag);
+        Ok(Self { proxy, program, version })
+    }
+
+    /// Starts it on processor `cpu` with its files in `folder`, and waits until it accepts.
+    pub fn start(&self, task: &Task, folder: &Path, cpu: usize) -> io::Result<ProcessTree> {
+        let setup = setup(self.proxy, task);
+        if let Some((name, content)) = &setup.file {
+            fs::write(folder.join(name), content)?;
+        }
+        let folder_text = folder.to_string_lossy();
+        let mut command = Command::new(&self.program);
+        command.args(setup.arguments.iter().map(|a| a.replace("FOLDER", &folder_text))).current_dir(folder);
+        let log = folder.join(format!("{}.log", self.proxy));
+        let mut tree = ProcessTree::spawn(&mut command, cpu, log)?;
+        wait_until_it_accepts(&mut tree, task.listen)?;
+        tree.find_descendants()?;
+        Ok(tree)
+    }
+}
+
+/// A loopback address with a port that was free a moment ago.
+pub fn free_address() -> io::Result<SocketAddr> {
+    TcpListener::bind("127.0.0.1:0")?.local_addr()
+}
+
+/// The command line and configuration of a proxy for a task.
+pub fn setup(proxy: Proxy, task: &Task) -> Setup {
+    let words = |text: &str| text.split(' ').map(str::to_owned).collect();
+    match proxy {
+        Proxy::Direct => Setup { arguments: Vec::new(), file: None },
+        Proxy::Haproxy => Setup {
+            arguments: words("-db -f FOLDER/haproxy.cfg"),
+            file: Some(("haproxy.cfg", haproxy(task))),
+        },
+        Proxy::Nginx => {
+            let arguments = words("-p FOLDER -c FOLDER/nginx.conf -e FOLDER/nginx.log");
+            Setup { arguments, file: Some(("nginx.conf", nginx(task))) }
+        }
+        Proxy::Envoy => {
+            let flags = "--concurrency 1 --disable-hot-restart --log-level error -c FOLDER/envoy.json";
+            Setup { arguments: words(flags), file: Some(("envoy.json", envoy(task))) }
+        }
+        Proxy::Trimtab => {
+            let mut arguments: Vec<String> = words("proxy --workers 1 --listen");
+            arguments.push(format!("tcp://{}", task.listen));
+            arguments.extend(task.backends.iter().flat_map(|b| ["--to".to_owned(), b.to_string()]));
+            Setup { arguments, file: None }
+        }
+    }
+}
+
+/// Where Debian's `libnginx-mod-stream` puts the module.
+const NGINX_STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
+
+/// One thread; splicing where the transfers are long, as its manual advises; nothing logged, nothing inspected.
+fn haproxy(task: &Task) -> String {
+    let splice = if task.bulk { "    option splice-auto\n" } else { "" };
+    let mut text = format!(
+        "global
+    nbthread 1
+    maxconn 4096
+defaults
+    mode tcp
+    timeout connect 5s
+    timeout client 1h
+    timeout server 1h
+{splice}frontend in
+    bind {} backlog 4096
+    default_backend out
+backend out
+    balance roundrobin
+",
+        task.listen
+    );
+    for (index, backend) in task.backends.iter().enumerate() {
+        writeln!(text, "    server b{index} {backend}").expect("a String takes all");
+    }
+    text
+}
+
+/// One worker; larger buffers where the transfers are long (it has no splice for TCP to TCP); nothing logged.
+fn nginx(task: &Task) -> String {
+    let buffer = if task.bulk { "64k" } else { "16k" };
+    let servers: String = task.backends.iter().map(|b| format!("        server {b};\n")).collect();
+    format!(
+        "load_module {NGINX_STREAM};
+daemon off;
+pid nginx.pid;
+error_log nginx.log crit;
+worker_processes 1;
+worker_rlimit_nofile 20000;
+events {{
+    use epoll;
+    worker_connections 16384;
+    multi_accept on;
+}}
+stream {{
+    access_log off;
+    tcp_nodelay on;
+    upstream out {{
+{servers}    }}
+    server {{
+        listen {} backlog=4096;
+        proxy_pass out;
+        proxy_connect_timeout 5s;
+        proxy_timeout 1h;
+        proxy_buffer_size {buffer};
+    }}
+}}
+",
+        task.listen
+    )
+}
+
+/// One worker thread; limits lifted (1,024 connections to a cluster otherwise); no access log, no admin, no tracing.
+fn envoy(task: &Task) -> String {
+    let address = |a: &SocketAddr| serde_json::json!({"socket_address": {"address": a.ip().to_string(), "port_value": a.port()}});
+    let endpoints: Vec<_> =
+        task.backends.iter().map(|b| serde_json::json!({"endpoint": {"address": address(b)}})).collect();
+    let configuration = serde_json::json!({
+        "static_resources": {
+            "listeners": [{
+                "name": "in",
+                "address": address(&task.listen),
+                "enable_reuse_port": false,
+                "tcp_backlog_size": 4096,
+                "filter_chains": [{"filters": [{
+                    "name": "envoy.filters.network.tcp_proxy",
+                    "typed_config": {
+                        "@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+                        "stat_prefix": "in",
+                        "cluster": "out",
+                        "idle_timeout": "3600s",
+                    },
+                }]}],
+            }],
+            "clusters": [{
+                "name": "out",
+                "type": "STATIC",
+                "connect_timeout": "5s",
+                "lb_policy": "ROUND_ROBIN",
+                "circuit_breakers": {"thresholds": [{
+                    "max_connections": 16384, "max_pending_requests": 16384, "max_requests": 16384,
+                }]},
+                "load_assignment": {"cluster_name": "out", "endpoints": [{"lb_endpoints": endpoints}]},
+            }],
+        },
+    });
+    format!("{configuration:#}\n")
+}
+
+fn candidates(proxy: Proxy, name: &str) -> Vec<PathBuf> {
+    let beside =
+        std::env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_owned)).unwrap_or_default();
+    if proxy == Proxy::Trimtab {
+        return std::env::var_os("TRIMTAB_BIN")
+            .map_or_else(|| vec![beside.join(name)], |set| vec![set.into()]);
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    folders.extend(["/usr/sbin".into(), "/usr/local/sbin".into()]);
+    let mut found: Vec<PathBuf> = folders.into_iter().map(|folder| folder.join(name)).collect();
+    if proxy == Proxy::Envoy {
+        // The wheel's own program rather than its Python wrapper: a wrapper would be measured with it.
+        let venv = beside.join("../venv/lib");
+        let pythons = fs::read_dir(venv).into_iter().flatten().flatten().map(|e| e.path());
+        found.splice(0..0, pythons.map(|python| python.join("site-packages/envoy/_bin/envoy")));
+    }
+    found
+}
+
+/// The first line with a digit of what a program says about its version.
+fn version(program: &Path, flag: &str) -> String {
+    let Ok(said) = Command::new(program).arg(flag).stdin(Stdio::null()).output() else {
+        return "unknown".to_owned();
+    };
+    let said = [said.stdout, said.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    let line = said.lines().find(|l| l.contains(|c: char| c.is_ascii_digit())).unwrap_or("unknown");
+    // Envoy says `…/envoy  version: commit/version/state/kind/library`.
+    match line.split_once("envoy  version: ") {
+        Some((_, rest)) => format!("Envoy {}", rest.split('/').nth(1).unwrap_or(rest)),
+        None => line.trim().to_owned(),
+    }
+}
+
+fn wait_until_it_accepts(tree: &mut ProcessTree, listen: SocketAddr) -> io::Result<()> {
+    let deadline = Instant::now() + READY;
+    loop {
+        tree.check()?;
+        match TcpStream::connect_timeout(&listen, Duration::from_secs(1)) {
+            Ok(_) => return Ok(()),
+            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+            Err(error) => {
+                let said = tree.last_words();
+                return Err(io::Error::other(format!(
+                    "it does not accept at {listen}: {error}; it said: {said}"
+                )));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn task(bulk: bool) -> Task {
+        let backends = vec!["127.0.0.1:2".parse().unwrap(), "127.0.0.2:3".parse().unwrap()];
+        Task { listen: "127.0.0.1:1".parse().unwrap(), backends, bulk }
+    }
+
+    #[test]
+    fn every_setup_has_all_addresses() {
+        for proxy in Proxy::ALL.into_iter().filter(|p| *p != Proxy::Direct) {
+            let setup = setup(proxy, &task(false));
+            let text = setup.file.map_or_else(|| setup.arguments.join(" "), |(_, content)| content);
+            let parts = if proxy == Proxy::Envoy {
+                ["127.0.0.1", "127.0.0.2", "port_value"]
+            } else {
+                ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.2:3"]
+            };
+            assert!(parts.iter().all(|part| text.contains(part)), "{proxy}: {text}");
+        }
+    }
+
+    #[test]
+    fn only_bulk_is_set_up_for_bulk() {
+        assert!(haproxy(&task(true)).contains("splice-auto") && !haproxy(&task(false)).contains("splice"));
+        assert!(nginx(&task(true)).contains("proxy_buffer_size 64k") && nginx(&task(false)).contains("16k"));
+    }
+}
