@@ -293,9 +293,10 @@ fn a_slow_reader_holds_back_a_fast_writer_in_bounded_memory() {
 
     let mut pair = Pair::start(&["--workers", "1", "--flows-max", &FLOWS_MAX.to_string()]);
     let proxy = pair.proxy.process().id();
-    // Once through, so that what is there after the first flows does not count.
-    drop(pair.flow());
     let at_start = descriptors(proxy);
+    // Once through, so that memory that stays after the first flow does not count.
+    drop(pair.flow());
+    pair.settle(at_start);
     let memory_at_start = resident_bytes(proxy);
     let flows: Vec<_> = (0..2 * FLOWS).map(|_| pair.flow()).collect();
     // Half of them are written to by their clients, half by their backends; nobody reads.

@@ -61,9 +61,9 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
 
 fn tests() -> Result<()> {
     if has_nextest() {
-        run_cargo(&["nextest", "run", "--workspace", "--exclude", "e2e"])
+        run_cargo(&["nextest", "run", "--no-fail-fast", "--workspace", "--exclude", "e2e"])
     } else {
-        run_cargo(&["test", "--workspace", "--exclude", "e2e", "--all-targets"])
+        run_cargo(&["test", "--no-fail-fast", "--workspace", "--exclude", "e2e", "--all-targets"])
     }
 }
 
@@ -72,9 +72,9 @@ fn end_to_end() -> Result<()> {
     let binary = Metadata::read()?.target_folder.join("release/trimtab");
     let mut command = cargo();
     if has_nextest() {
-        command.args(["nextest", "run", "--package", "e2e", "--test-threads", "1"]);
+        command.args(["nextest", "run", "--no-fail-fast", "--package", "e2e", "--test-threads", "1"]);
     } else {
-        command.args(["test", "--package", "e2e", "--", "--test-threads=1"]);
+        command.args(["test", "--no-fail-fast", "--package", "e2e", "--", "--test-threads=1"]);
     }
     // A binary that was named before stays: a packaged one can be tested.
     if std::env::var_os("TRIMTAB_BIN").is_none() {
