@@ -486,7 +486,8 @@ fn slow_readers_hold_back_their_writers_and_nobody_else() {
     let before = descriptors();
     // Every second flow is written to by its client, the others by their backends; nobody reads.
     let flows: Vec<_> = (0..FLOWS).map(|_| flow()).collect();
-    let sides = |n: usize| if n % 2 == 0 { (&flows[n].0, &flows[n].1) } else { (&flows[n].1, &flows[n].0) };
+    let sides =
+        |n: usize| if n.is_multiple_of(2) { (&flows[n].0, &flows[n].1) } else { (&flows[n].1, &flows[n].0) };
     let mut sent = vec![0_u64; FLOWS];
     let block = [7; 64 * 1024];
     let mut last_taken = Instant::now();
