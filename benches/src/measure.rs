@@ -86,7 +86,8 @@ pub fn measure(installed: &Installed, case: Case, conditions: &Conditions) -> Re
     }
 }
 
-/// What was used of both processors until a moment.
+/// What was used of both processors until a moment. To the proxy and the load belongs what the kernel's threads for soft
+/// interrupts used of their processors: nobody else makes packets there.
 struct Used {
     proxy: Duration,
     load: Duration,
@@ -112,14 +113,15 @@ fn busy(
 }
 
 fn used(proxy: Option<&ProcessTree>, conditions: &Conditions) -> Result<Used, MeasureError> {
+    let softirqs = |cpu| process::softirq_thread_time(cpu).map_err(MeasureError::Harness);
     let proxy_used = match proxy {
-        Some(tree) => tree.cpu_time().map_err(MeasureError::Proxy)?,
+        Some(tree) => tree.cpu_time().map_err(MeasureError::Proxy)? + softirqs(conditions.proxy_cpu)?,
         None => Duration::ZERO,
     };
     let processor = |cpu| process::processor_busy(cpu).map_err(MeasureError::Harness);
     Ok(Used {
         proxy: proxy_used,
-        load: thread_cpu_time(),
+        load: thread_cpu_time() + softirqs(conditions.load_cpu)?,
         proxy_processor: processor(conditions.proxy_cpu)?,
         load_processor: processor(conditions.load_cpu)?,
         at: Instant::now(),

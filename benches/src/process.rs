@@ -92,8 +92,7 @@ impl ProcessTree {
             for task in fs::read_dir(format!("/proc/{pid}/task"))? {
                 // A thread may end between the listing and the look: what it used is lost, and little.
                 let Ok(line) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
-                let on_cpu = line.split_ascii_whitespace().next().and_then(|n| n.parse::<u64>().ok());
-                nanos += on_cpu.ok_or_else(|| io::Error::other("schedstat has no number"))?;
+                nanos += nanos_on_cpu(&line)?;
             }
         }
         Ok(Duration::from_nanos(nanos))
@@ -181,6 +180,27 @@ pub fn processor_busy(cpu: usize) -> io::Result<Duration> {
     // user nice system idle iowait irq softirq steal; guest time is in user.
     let busy: u64 = [0, 1, 2, 5, 6, 7].iter().filter_map(|place| ticks.get(*place)).sum();
     Ok(Duration::from_millis(busy * 10))
+}
+
+/// Processor time of the kernel's thread for soft interrupts of one processor. Where packets come faster than the one whom
+/// they interrupt may be held up, the kernel moves their handling there, away from the account of whoever caused it.
+/// Zero where that thread cannot be seen (a process namespace).
+pub fn softirq_thread_time(cpu: usize) -> io::Result<Duration> {
+    let name = format!("ksoftirqd/{cpu}");
+    for entry in fs::read_dir("/proc")? {
+        let folder = entry?.path();
+        // Most of /proc is no process, and processes end.
+        if fs::read_to_string(folder.join("comm")).is_ok_and(|comm| comm.trim_end() == name) {
+            return nanos_on_cpu(&fs::read_to_string(folder.join("schedstat"))?).map(Duration::from_nanos);
+        }
+    }
+    Ok(Duration::ZERO)
+}
+
+/// The first number of a `schedstat` file.
+fn nanos_on_cpu(schedstat: &str) -> io::Result<u64> {
+    let first = schedstat.split_ascii_whitespace().next().and_then(|number| number.parse().ok());
+    first.ok_or_else(|| io::Error::other("schedstat has no number"))
 }
 
 fn running(change: impl FnOnce(&mut Vec<i32>)) {
