@@ -17,7 +17,6 @@ Usage: cargo xtask <command>
                     With steps named, only those: install format lints edges tests doctests build e2e
   install [group…]  missing Debian packages of the groups `test` (the default) and `bench`
   edges             which crate may import which
-  ci                what continuous integration runs: the same as `test`
 ";
 
 fn main() -> ExitCode {
@@ -25,7 +24,6 @@ fn main() -> ExitCode {
     let rest = arguments.get(1..).unwrap_or_default();
     let result = match arguments.first().map(String::as_str) {
         Some("test") => test::run(rest),
-        Some("ci") => test::run(&[]),
         Some("install") => install::run(rest),
         Some("edges") => edges::run(),
         Some("help" | "--help" | "-h") => {
