@@ -159,7 +159,13 @@ fn registration(id: &str, address: &str) -> RegisterRequest {
 
 fn report(id: &str, sequence: u64, cpu: f64) -> ReportRequest {
     let utilization = OrcaLoadReport { cpu_utilization: cpu, ..OrcaLoadReport::default() };
-    ReportRequest { id: id.into(), incarnation: 1, sequence, readiness: 0, utilization: Some(utilization) }
+    ReportRequest {
+        id: id.into(),
+        incarnation: 1,
+        sequence,
+        utilization: Some(utilization),
+        ..ReportRequest::default()
+    }
 }
 
 #[tokio::test]

@@ -180,6 +180,8 @@ impl<'a> Session<'a> {
             sequence: self.sequence,
             readiness: readiness.into(),
             utilization: Some(self.meter.report(now.into_std())),
+            balancers: 1,
+            labels: None,
         };
         if self.outgoing.try_send(report).is_err() {
             debug!(sequence = self.sequence, "the connection takes no report; this one is left out");

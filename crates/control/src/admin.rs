@@ -78,6 +78,34 @@ impl AdminService for Admin {
         let explanation = shared.registry.explain(&pool, shared.clock.now()).map_err(unknown_pool)?;
         Ok(Response::new(wire_explanation(&explanation)))
     }
+
+    async fn set_capabilities(
+        &self,
+        _request: Request<v1::SetCapabilitiesRequest>,
+    ) -> Result<Response<v1::SetCapabilitiesResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn list_capabilities(
+        &self,
+        _request: Request<v1::ListCapabilitiesRequest>,
+    ) -> Result<Response<v1::ListCapabilitiesResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn list_versions(
+        &self,
+        _request: Request<v1::ListVersionsRequest>,
+    ) -> Result<Response<v1::ListVersionsResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn set_version_share(
+        &self,
+        _request: Request<v1::SetVersionShareRequest>,
+    ) -> Result<Response<v1::SetVersionShareResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
 }
 
 fn unknown_pool(error: UnknownPool) -> Status {
@@ -111,6 +139,7 @@ fn wire_explanation(explanation: &Explanation) -> v1::ExplainResponse {
             .iter()
             .map(|candidate| wire_candidate(candidate, explanation.unit.name()))
             .collect(),
+        ..v1::ExplainResponse::default()
     }
 }
 
@@ -131,5 +160,6 @@ fn wire_candidate(candidate: &Candidate, rate_unit: &str) -> v1::Candidate {
         slow_start: candidate.slow_start,
         notes: candidate.notes.iter().map(ToString::to_string).collect(),
         utilization: parse::ratios(candidate.utilization.as_deref()),
+        ..v1::Candidate::default()
     }
 }

@@ -134,6 +134,7 @@ fn wire_resource(registration: &Registration) -> v1::Resource {
         version: registration.version().to_owned(),
         flows_max: registration.flows_max(),
         weight: f64::from(registration.weight()),
+        probe_address: String::new(),
     }
 }
 

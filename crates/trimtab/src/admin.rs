@@ -77,7 +77,8 @@ impl Admin {
     /// # Errors
     /// When the balancer refuses or does not answer.
     pub async fn explain(&mut self, pool: &str) -> Result<ExplainView, Failure> {
-        let answer = self.client.explain(ExplainRequest { pool: pool.to_owned() }).await;
+        let answer =
+            self.client.explain(ExplainRequest { pool: pool.to_owned(), ..ExplainRequest::default() }).await;
         let explained: ExplainResponse = answer.map_err(|status| self.failure(&status))?.into_inner();
         Ok(explained.into())
     }

@@ -53,6 +53,7 @@ fn configuration(args: AgentArgs) -> Result<AgentConfig, Failure> {
         version: args.version_of_service,
         flows_max: args.flows_max,
         weight: args.weight,
+        probe_address: String::new(),
     };
     let mut config = AgentConfig::new(balancer, resource);
     config.report_interval = args.report_interval;

@@ -180,6 +180,7 @@ impl Reporter {
             sequence: self.sequence,
             readiness: 0,
             utilization: Some(OrcaLoadReport { cpu_utilization: cpu, ..OrcaLoadReport::default() }),
+            ..ReportRequest::default()
         };
         self.send_raw(report).await;
     }

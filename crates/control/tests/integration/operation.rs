@@ -36,7 +36,7 @@ async fn an_operator_drains_readies_and_asks_why() {
     reporter.send(0.4).await;
     assert_eq!(reporter.ack().await.state(), ResourceState::Draining, "a report does not end a drain");
     client.register(register_request("pg1", 2)).await.unwrap();
-    let explain = ExplainRequest { pool: "sql".into() };
+    let explain = ExplainRequest { pool: "sql".into(), ..ExplainRequest::default() };
     let explained = admin.explain(explain.clone()).await.unwrap().into_inner();
     let out = &explained.candidates[1];
     assert_eq!(
@@ -64,7 +64,8 @@ async fn an_operator_drains_readies_and_asks_why() {
 
     let unknown = admin.drain(DrainRequest { id: "pg9".into() }).await.unwrap_err();
     assert_eq!((unknown.code(), unknown.message()), (Code::NotFound, "there is no resource pg9"));
-    let unknown = admin.explain(ExplainRequest { pool: "sqlx".into() }).await.unwrap_err();
+    let unknown =
+        admin.explain(ExplainRequest { pool: "sqlx".into(), ..ExplainRequest::default() }).await.unwrap_err();
     assert_eq!(unknown.message(), "there is no pool sqlx; there are sql, xmpp");
 }
 

@@ -452,6 +452,7 @@ mod tests {
             generation: 3,
             guard: "stale reports".into(),
             candidates: vec![candidate("a", ""), candidate("b", "draining")],
+            ..ExplainResponse::default()
         });
         let text = explain_text(&explained);
         let lines: Vec<_> = text.lines().collect();
