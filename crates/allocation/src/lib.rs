@@ -16,18 +16,35 @@
 #![forbid(unsafe_code)]
 
 mod alias;
+mod criteria;
+mod decision;
 mod id;
+mod key;
 mod live;
+mod maglev;
+mod policy;
+mod probes;
 mod publish;
 mod select;
+mod stride;
 mod table;
 pub mod telemetry;
 mod time;
 
 pub use alias::AliasTable;
+pub use criteria::{Considered, Criteria, Rule, Score};
+pub use decision::{Decision, Look, Looks};
 pub use id::{IdError, PoolName, ResourceId};
-pub use live::{ConnectFailure, LiveFacts, OpenFlow, Verdict};
+pub use key::FlowKey;
+pub use live::{ConnectFailure, FlowTotals, LiveFacts, OpenFlow, Verdict};
+pub use maglev::Maglev;
+pub use policy::{Policy, UnknownPolicy};
+pub use probes::{ProbeKnobs, ProbePool, SharedProbePool};
 pub use publish::{Publisher, Reader};
 pub use select::{Excluded, NoBackend, Selection, Selector};
-pub use table::{AllocationTable, Backend, BackendIndex, Members, Policy, UnknownPolicy, WEIGHT_RATIO_MAX};
+pub use stride::Stride;
+pub use table::{
+    AllocationTable, Backend, BackendIndex, LeftOut, Members, Side, Split, SplitBy, TableSpec,
+    WEIGHT_RATIO_MAX,
+};
 pub use time::Timestamp;

@@ -19,9 +19,10 @@ const PROBE_PATIENCE: Duration = Duration::from_secs(5);
 /// Facts about one backend that all workers write and control reads. One for each registration, handed out by `Arc`:
 /// it outlives every table, so open flows stay counted after their resource has left.
 ///
-/// Behind an `Arc` it takes 128 bytes (with malloc's header), and only the first 64 are ever written: no two backends share
-/// a cache line, and the count of references, which every flow changes as well, is beside the facts. Alignment would
-/// put it on a line of its own, and a pool of 10,000 would no longer fit a core's second-level cache.
+/// Behind an `Arc` it takes 192 bytes (with malloc's header), of which a selection looks at the first 64 alone: no two backends
+/// share a cache line, and the count of references, which every flow changes as well, is beside the facts. The next 64 are
+/// written once or twice in a flow's life. Alignment would put it on lines of its own, and what selections look at of a
+/// pool of 10,000 would no longer fit a core's second-level cache.
 #[derive(Debug, Default)]
 #[repr(C)]
 pub struct LiveFacts {
@@ -29,15 +30,70 @@ pub struct LiveFacts {
     /// Connects that failed in a row; 0: healthy, and then nothing else here is looked at.
     failures_in_a_row: AtomicU32,
     fast_resets_in_a_row: AtomicU32,
+    /// Whether the last failure is a sign of load ([`SOFT`]) or of absence.
+    softness: AtomicU32,
     paused_until_ms: AtomicU64,
+    /// Peak-sensitive average of the time to the first byte: microseconds as `f32` bits, and the millisecond (low 32 bits) of
+    /// its last change. 0: nothing was measured.
+    latency: AtomicU64,
     flows_opened: AtomicU64,
-    connect_failures: AtomicU64,
     fast_resets: AtomicU64,
-    _apart: [u64; 7],
+    connect_failures: AtomicU64,
+    /// After its first byte.
+    resets: AtomicU64,
+    connect_micros: AtomicU64,
+    first_bytes: AtomicU64,
+    first_byte_micros: AtomicU64,
+    bytes_to_client: AtomicU64,
+    bytes_to_backend: AtomicU64,
+    _apart: [u64; 8],
 }
 
 /// An `Arc` adds two counts of 8 bytes, malloc a header of 8.
-const _: () = assert!(size_of::<LiveFacts>() + 16 + 8 == 128);
+const _: () = assert!(size_of::<LiveFacts>() + 16 + 8 == 192);
+
+/// Time-outs and resets: signs of load rather than of absence.
+const SOFT: u32 = 1;
+/// Time constant of the average of latency (Finagle's and Linkerd's).
+const LATENCY_OVER_MS: f32 = 10_000.0;
+
+/// What was counted of one backend since its registration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct FlowTotals {
+    /// Flows opened (connected).
+    pub flows_opened: u64,
+    /// Flows open now.
+    pub flows_open: u64,
+    /// Connects that failed.
+    pub connect_failures: u64,
+    /// Flows that the backend reset, before or after its first byte.
+    pub resets: u64,
+    /// Sum of the times that connects took, in microseconds.
+    pub connect_micros: u64,
+    /// Flows whose backend sent a first byte.
+    pub first_bytes: u64,
+    /// Sum of the times that those took from what the client said first (or from the connect, where the backend speaks
+    /// first), in microseconds.
+    pub first_byte_micros: u64,
+    /// Bytes delivered to clients.
+    pub bytes_to_client: u64,
+    /// Bytes delivered to the backend.
+    pub bytes_to_backend: u64,
+}
+
+impl std::ops::AddAssign for FlowTotals {
+    fn add_assign(&mut self, other: Self) {
+        self.flows_opened += other.flows_opened;
+        self.flows_open += other.flows_open;
+        self.connect_failures += other.connect_failures;
+        self.resets += other.resets;
+        self.connect_micros += other.connect_micros;
+        self.first_bytes += other.first_bytes;
+        self.first_byte_micros += other.first_byte_micros;
+        self.bytes_to_client += other.bytes_to_client;
+        self.bytes_to_backend += other.bytes_to_backend;
+    }
+}
 
 /// Why a connect to a backend failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,8 +111,11 @@ pub enum Verdict {
     Usable,
     /// It failed and its pause is over: one flow may try it (see [`LiveFacts::claim_probe`]).
     Probe,
-    /// It failed and its pause is not over.
+    /// It could not be reached and its pause is not over.
     Paused,
+    /// It timed out or reset flows, and its pause is not over. Unlike a refused connect that may be load: where most of a pool
+    /// is ejected, or all of it is saturated, ejections are ignored.
+    Ejected,
     /// It has as many flows as it takes.
     Full,
 }
@@ -95,7 +154,47 @@ impl LiveFacts {
         if self.failures_in_a_row.load(Relaxed) == 0 {
             return Verdict::Usable;
         }
-        if now.as_millis() >= self.paused_until_ms.load(Relaxed) { Verdict::Probe } else { Verdict::Paused }
+        if now.as_millis() >= self.paused_until_ms.load(Relaxed) {
+            Verdict::Probe
+        } else if self.softness.load(Relaxed) == SOFT {
+            Verdict::Ejected
+        } else {
+            Verdict::Paused
+        }
+    }
+
+    /// Peak-sensitive average of the time to the first byte, in microseconds, as of now: a slower answer counts at once, a faster
+    /// one and silence bring it down within some ten seconds (Finagle's Peak EWMA). `None`: nothing was measured.
+    pub fn latency_micros(&self, now: Timestamp) -> Option<f32> {
+        let packed = self.latency.load(Relaxed);
+        (packed != 0).then(|| f32::from_bits((packed >> 32) as u32) * decay(packed as u32, now))
+    }
+
+    /// All counts since registration.
+    pub fn totals(&self) -> FlowTotals {
+        FlowTotals {
+            flows_opened: self.flows_opened(),
+            flows_open: u64::from(self.flows_open()),
+            connect_failures: self.connect_failures(),
+            resets: self.resets.load(Relaxed) + self.fast_resets(),
+            connect_micros: self.connect_micros.load(Relaxed),
+            first_bytes: self.first_bytes.load(Relaxed),
+            first_byte_micros: self.first_byte_micros.load(Relaxed),
+            bytes_to_client: self.bytes_to_client.load(Relaxed),
+            bytes_to_backend: self.bytes_to_backend.load(Relaxed),
+        }
+    }
+
+    /// Two workers that measure at once may lose one of the two: it is an average.
+    fn record_latency(&self, micros: f32, now: Timestamp) {
+        let packed = self.latency.load(Relaxed);
+        let before = f32::from_bits((packed >> 32) as u32);
+        let kept = decay(packed as u32, now);
+        let average =
+            if packed == 0 || micros > before { micros } else { before * kept + micros * (1.0 - kept) };
+        // At least one bit set: 0 stands for nothing measured.
+        let low = (now.as_millis() as u32) | 1;
+        self.latency.store(u64::from(average.to_bits()) << 32 | u64::from(low), Relaxed);
     }
 
     /// Takes the right to try a backend whose pause is over. One caller gets it; the others see it paused again until
@@ -113,11 +212,20 @@ impl LiveFacts {
         OpenFlow { live: Arc::clone(self) }
     }
 
-    fn pause(&self, now: Timestamp) {
+    fn pause(&self, softness: u32, now: Timestamp) {
+        self.softness.store(softness, Relaxed);
         let failures = self.failures_in_a_row.fetch_add(1, Relaxed);
         let pause = PAUSE_FIRST.saturating_mul(1 << failures.min(5)).min(PAUSE_MAX);
         self.paused_until_ms.store((now + pause).as_millis(), Relaxed);
     }
+}
+
+/// What is left of an average after the time since it changed.
+fn decay(changed_ms: u32, now: Timestamp) -> f32 {
+    let elapsed = (now.as_millis() as u32).wrapping_sub(changed_ms);
+    // A worker whose clock is a little behind sees a change in the future: none has passed.
+    let elapsed = if elapsed > u32::MAX / 2 { 0 } else { elapsed };
+    (-(elapsed as f32) / LATENCY_OVER_MS).exp()
 }
 
 /// One flow, counted on its backend. Dropping it is the only way to uncount it.
@@ -149,8 +257,32 @@ impl OpenFlow {
     pub fn reset_before_answer(&self, now: Timestamp) {
         self.live.fast_resets.fetch_add(1, Relaxed);
         if self.live.fast_resets_in_a_row.fetch_add(1, Relaxed) + 1 >= FAST_RESETS_MAX {
-            self.live.pause(now);
+            self.live.pause(SOFT, now);
         }
+    }
+
+    /// How long the connect took.
+    pub fn connect_took(&self, micros: u64) {
+        self.live.connect_micros.fetch_add(micros, Relaxed);
+    }
+
+    /// How long the backend took to its first byte: from what the client said first, or from the connect where the backend
+    /// speaks first.
+    pub fn first_byte_took(&self, micros: u64, now: Timestamp) {
+        self.live.first_bytes.fetch_add(1, Relaxed);
+        self.live.first_byte_micros.fetch_add(micros, Relaxed);
+        self.live.record_latency(micros as f32, now);
+    }
+
+    /// The backend reset the connection after it had sent something.
+    pub fn reset_after_answer(&self) {
+        self.live.resets.fetch_add(1, Relaxed);
+    }
+
+    /// Bytes delivered, since the last call.
+    pub fn moved_bytes(&self, to_client: u64, to_backend: u64) {
+        self.live.bytes_to_client.fetch_add(to_client, Relaxed);
+        self.live.bytes_to_backend.fetch_add(to_backend, Relaxed);
     }
 
     /// The facts of the backend it is on.
@@ -160,9 +292,12 @@ impl OpenFlow {
 
     /// The connect failed: the backend is left alone for a growing while.
     pub fn connect_failed(&self, failure: ConnectFailure, now: Timestamp) {
-        let _ = failure; // Both are counted alike today; the reason is kept at the call for the flow's own metric.
+        let softness = match failure {
+            ConnectFailure::Refused => 0,
+            ConnectFailure::TimedOut => SOFT,
+        };
         self.live.connect_failures.fetch_add(1, Relaxed);
-        self.live.pause(now);
+        self.live.pause(softness, now);
     }
 }
 
@@ -202,7 +337,7 @@ mod tests {
         assert!(!live.claim_probe(at(1_000)), "only one flow tries");
         assert_eq!(live.verdict(0, at(1_000)), Verdict::Paused);
         live.open_flow().connect_failed(ConnectFailure::TimedOut, at(1_010));
-        assert_eq!(live.verdict(0, at(3_009)), Verdict::Paused, "the second pause is twice as long");
+        assert_eq!(live.verdict(0, at(3_009)), Verdict::Ejected, "the second pause is twice as long");
         assert_eq!(live.verdict(0, at(3_010)), Verdict::Probe);
         assert!(live.claim_probe(at(3_010)));
         live.open_flow().connected();
@@ -227,12 +362,54 @@ mod tests {
             flow.connected();
             flow.reset_before_answer(at(0));
         }
-        assert_eq!(live.verdict(0, at(0)), Verdict::Paused);
+        assert_eq!(live.verdict(0, at(0)), Verdict::Ejected);
         // Accepting alone does not clear it: that is all a sinkhole ever does. An answer does.
         let flow = live.open_flow();
         flow.connected();
         assert!(live.is_down());
         flow.answered();
         assert_eq!(live.verdict(0, at(0)), Verdict::Usable);
+    }
+
+    #[test]
+    fn latency_rises_at_once_and_falls_slowly() {
+        let live = Arc::new(LiveFacts::default());
+        assert_eq!(live.latency_micros(at(5)), None);
+        let flow = live.open_flow();
+        flow.first_byte_took(1_000, at(0));
+        flow.first_byte_took(9_000, at(10));
+        assert!(live.latency_micros(at(10)).is_some_and(|micros| micros > 8_990.0));
+        flow.first_byte_took(1_000, at(20));
+        let after = live.latency_micros(at(20)).unwrap();
+        assert!((8_900.0..9_000.0).contains(&after), "{after}");
+        let silent = live.latency_micros(at(30_020)).unwrap();
+        assert!((silent / after - (-3.0_f32).exp()).abs() < 1e-3, "{silent}");
+    }
+
+    #[test]
+    fn totals_are_sums_since_registration() {
+        let live = Arc::new(LiveFacts::default());
+        let flow = live.open_flow();
+        flow.connected();
+        flow.connect_took(150);
+        flow.first_byte_took(900, at(1));
+        flow.moved_bytes(10, 20);
+        flow.moved_bytes(1, 2);
+        flow.reset_after_answer();
+        flow.reset_before_answer(at(2));
+        let mut sum = live.totals();
+        sum += live.totals();
+        let expected = FlowTotals {
+            flows_opened: 2,
+            flows_open: 2,
+            connect_failures: 0,
+            resets: 4,
+            connect_micros: 300,
+            first_bytes: 2,
+            first_byte_micros: 1_800,
+            bytes_to_client: 22,
+            bytes_to_backend: 44,
+        };
+        assert_eq!(sum, expected);
     }
 }

@@ -1,19 +1,40 @@
 //! One table, one flow, one backend.
 //!
-//! `adaptive` and `least-connections` fill like water: the least cost `(flows open + 1) / weight` is where the surface
-//! would be after this flow, and every backend whose level `flows open / weight` is below it may take the flow, in
-//! proportion to its weight. Under load that is the backend of least cost, or one within a flow of it. With little to do it
-//! is everybody, so that shares follow weights from the first flow on, whatever long flows are held meanwhile. (Plain least
-//! cost gives all of them to the heaviest; HAProxy's `leastconn` gives idle servers equal shares whatever their weights.)
+//! `adaptive` and `least-connections` fill like water: the least cost `(flows open x balancers + 1) / weight` is where the
+//! surface would be after this flow, and every backend whose level `flows open x balancers / weight` is below it may take the
+//! flow, in proportion to its weight. Under load that is the backend of least cost, or one within a flow of it. With little to
+//! do it is everybody, so that shares follow weights from the first flow on, whatever long flows are held meanwhile. (Plain
+//! least cost gives all of them to the heaviest; HAProxy's `leastconn` gives idle servers equal shares whatever their weights.)
+//!
+//! Whatever the policy, a backend that is full or paused is passed over, and so is one that is ejected (time-outs, resets),
+//! unless more than half of those looked at are: then it is not they who are at fault, and ejections are ignored for this flow.
 
+use crate::criteria::{CONSIDERED_MAX, Considered};
+use crate::decision::{Look, Looks};
+use crate::key::mix;
 use crate::live::Verdict;
 use crate::table::Candidate;
-use crate::{AllocationTable, BackendIndex, OpenFlow, Policy, Timestamp};
+use crate::{AllocationTable, BackendIndex, FlowKey, OpenFlow, Policy, SplitBy, Timestamp};
 
-/// Up to this many eligible backends `adaptive` looks at all of them; beyond, at [`SAMPLES`].
-pub(crate) const SCAN_MAX: usize = 32;
+/// Up to this many eligible backends `adaptive` and `criteria` look at all of them; beyond, at [`SAMPLES`] or
+/// [`CRITERIA_SAMPLES`].
+pub(crate) const SCAN_MAX: usize = CONSIDERED_MAX;
 /// Samples of `adaptive` in a large pool: more gain little and herd more (`d/n` of all arrivals go to the least busy).
 const SAMPLES: usize = 4;
+/// Samples of `criteria` in a large pool: several criteria need more of a choice.
+const CRITERIA_SAMPLES: usize = 16;
+/// Choices of a key that are looked at before affinity is given up for this flow.
+const KEY_CHOICES: u32 = 16;
+/// Backends whose flows stand for all of a large pool's, to tell a bounded load.
+const LOAD_SAMPLES: usize = 8;
+/// Every so many flows, `most(…)` gives one to anybody: who has had nothing yet must be able to get something.
+const EXPLORE_EVERY: u32 = 20;
+/// A latency that was never measured, on a backend that has flows: worse than any that was.
+const LATENCY_UNKNOWN_MICROS: f32 = 1e12;
+/// Backends of a large pool that are counted to tell whether most are ejected.
+const EJECTED_SEEN_MAX: usize = 256;
+/// Apart from the key's other use.
+const SPLIT_SALT: u64 = 0x7370_6c69_7400_0000;
 
 /// Backends that a flow has tried already, by address order of trying. Small and inline: a flow tries few.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -53,6 +74,8 @@ pub struct Selection {
     pub index: BackendIndex,
     /// Counts the flow on it, from now on.
     pub open: OpenFlow,
+    /// On which side of the table's split it is; 0 where there is none.
+    pub side: u16,
 }
 
 /// Why no backend could be selected.
@@ -61,6 +84,9 @@ pub enum NoBackend {
     /// Nobody is in the pool, or nobody who wants flows.
     #[error("no resource of the pool is ready")]
     NoneReady,
+    /// Somebody is ready, but nobody who meets what the flow requires.
+    #[error("no ready resource of the pool meets the requirement")]
+    RequirementUnmet,
     /// All that are ready have as many flows as they take.
     #[error("every ready resource has as many flows as it takes")]
     AllFull,
@@ -74,6 +100,24 @@ pub enum NoBackend {
 pub struct Selector {
     random: Random,
     turn: u32,
+    /// Selections in which ejections were ignored because most were ejected.
+    panics: u64,
+    /// What the last selection looked at, where it did not look at all.
+    sampled: Sampled,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Sampled {
+    indexes: [BackendIndex; CRITERIA_SAMPLES],
+    count: usize,
+}
+
+impl Sampled {
+    fn of(indexes: &[BackendIndex]) -> Self {
+        let mut sampled = Self { count: indexes.len(), ..Self::default() };
+        sampled.indexes[..indexes.len()].copy_from_slice(indexes);
+        sampled
+    }
 }
 
 impl Selector {
@@ -81,45 +125,160 @@ impl Selector {
     pub fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let turn = random.next() as u32;
-        Self { random, turn }
+        Self { random, turn, panics: 0, sampled: Sampled::default() }
     }
 
-    /// Selects a backend for one flow and counts the flow on it.
+    /// How many selections ignored ejections because most of those looked at were ejected.
+    pub fn panics(&self) -> u64 {
+        self.panics
+    }
+
+    /// Selects a backend for one flow of nobody in particular; see [`Selector::select_for`].
     ///
-    /// Those in `tried` are left out; they are indexes of this same table (a flow that finds a new table between two
-    /// tries starts with none). A backend that failed and is paused is left alone while another can serve; where none
-    /// can, any paused one is tried all the same: the client has nothing to lose, and a pool that comes back serves at
-    /// once.
+    /// # Errors
+    /// See [`NoBackend`].
     pub fn select(
         &mut self,
         table: &AllocationTable,
         tried: &Excluded,
         now: Timestamp,
     ) -> Result<Selection, NoBackend> {
+        let key =
+            if table.wants_key() { FlowKey::from_bits(self.random.next()) } else { FlowKey::from_bits(0) };
+        self.select_for(table, key, tried, now)
+    }
+
+    /// Selects a backend for one flow of the client of `key` and counts the flow on it. The key matters where
+    /// [`AllocationTable::wants_key`].
+    ///
+    /// Those in `tried` are left out; they are indexes of this same table (a flow that finds a new table between two
+    /// tries starts with none). A backend that failed and is paused is left alone while another can serve; where none
+    /// can, any paused one is tried all the same: the client has nothing to lose, and a pool that comes back serves at
+    /// once. Where the side of a split that a flow falls to has nobody, another side serves it.
+    ///
+    /// # Errors
+    /// See [`NoBackend`].
+    pub fn select_for(
+        &mut self,
+        table: &AllocationTable,
+        key: FlowKey,
+        tried: &Excluded,
+        now: Timestamp,
+    ) -> Result<Selection, NoBackend> {
+        let Some(split) = table.split() else {
+            return self.select_in(table, key, tried, now);
+        };
+        let bits = match split.by {
+            SplitBy::Share => self.random.next(),
+            SplitBy::Client => mix(key.bits() ^ SPLIT_SALT),
+        };
+        let first = split.side((bits >> 32) as u32);
+        let others = (0..split.sides.len()).filter(|side| *side != first);
+        let mut failed = NoBackend::NoneReady;
+        for side in std::iter::once(first).chain(others) {
+            match self.select_in(&split.sides[side].table, key, tried, now) {
+                Ok(selection) => return Ok(Selection { side: side as u16, ..selection }),
+                Err(NoBackend::NoneReady) => {}
+                Err(why) => failed = why,
+            }
+        }
+        Err(failed)
+    }
+
+    /// Selects by a table that is not split.
+    fn select_in(
+        &mut self,
+        table: &AllocationTable,
+        key: FlowKey,
+        tried: &Excluded,
+        now: Timestamp,
+    ) -> Result<Selection, NoBackend> {
         let eligible = table.eligible();
         if eligible.is_empty() {
-            return Err(NoBackend::NoneReady);
+            let unmet = table.is_requirement_unmet();
+            return Err(if unmet { NoBackend::RequirementUnmet } else { NoBackend::NoneReady });
         }
+        let mut view = View::new(table, tried, now);
         // A probe that another worker claims first leaves its backend paused: look again, at most once for each.
         for _ in 0..=eligible.len() {
-            let mut view = View { table, tried, now, full: 0 };
-            let chosen = match table.policy() {
-                Policy::Adaptive if !table.alias().is_empty() => {
-                    self.below_surface_of_samples(&mut view).or_else(|| self.below_surface_of_all(&mut view))
-                }
-                Policy::Adaptive | Policy::LeastConnections => self.below_surface_of_all(&mut view),
-                Policy::RoundRobin => self.next_in_turn(&mut view),
-                Policy::Random => self.any(&mut view),
-            };
+            let mut chosen = self.choose(&mut view, key);
+            if view.seems_ejected() && self.most_are_ejected(&view) {
+                self.panics += 1;
+                view.ignore_ejections = true;
+                chosen = self.choose(&mut view, key);
+            }
             let Some((index, verdict)) = chosen else {
                 return self.last_resort(&mut view);
             };
             let live = &table.candidate(index).live;
-            if verdict == Verdict::Usable || live.claim_probe(now) {
-                return Ok(Selection { index, open: live.open_flow() });
+            if verdict != Verdict::Probe || live.claim_probe(now) {
+                return Ok(Selection { index, open: live.open_flow(), side: 0 });
             }
+            view.full = 0;
         }
         Err(NoBackend::AllFailed)
+    }
+
+    /// Of all, or in a large pool of a stretch of it.
+    fn most_are_ejected(&mut self, view: &View<'_>) -> bool {
+        let eligible = view.table.eligible();
+        let start = self.random.below(eligible.len() as u32) as usize;
+        let seen = eligible.iter().cycle().skip(start).take(eligible.len().min(EJECTED_SEEN_MAX));
+        let ejected = seen
+            .filter(|index| {
+                let Candidate { live, flows_max } = view.table.candidate(**index);
+                live.verdict(*flows_max, view.now) == Verdict::Ejected
+            })
+            .count();
+        ejected * 2 > eligible.len().min(EJECTED_SEEN_MAX)
+    }
+
+    fn choose(&mut self, view: &mut View<'_>, key: FlowKey) -> Option<(BackendIndex, Verdict)> {
+        match view.table.policy() {
+            Policy::Adaptive if !view.table.alias().is_empty() => {
+                self.below_surface_of_samples(view).or_else(|| self.below_surface_of_all(view))
+            }
+            Policy::Adaptive | Policy::LeastConnections => self.below_surface_of_all(view),
+            Policy::P2c => self.better_of_two(view, flows_by_weight),
+            Policy::PeakEwma => self.better_of_two(view, latency_by_flows),
+            Policy::WeightedRoundRobin | Policy::Utilization => self.next_in_weighted_turn(view),
+            Policy::RoundRobin => self.next_in_turn(view),
+            Policy::Random => self.any(view),
+            Policy::First => self.first(view),
+            Policy::Maglev => self.by_key(view, key),
+            Policy::Prequal => self.by_probes(view),
+            Policy::Criteria => self.by_criteria(view),
+        }
+    }
+
+    /// What the last selection looked at, as it was before the flow was counted: the samples of a large pool, else the first
+    /// of all, and always the chosen one. A second look, so that selecting itself pays nothing for it.
+    pub fn looks(
+        &self,
+        table: &AllocationTable,
+        chosen: Option<BackendIndex>,
+        tried: &Excluded,
+        now: Timestamp,
+    ) -> Looks {
+        let mut looks = Looks::none();
+        let mut look = |index: BackendIndex| {
+            let Candidate { live, flows_max } = table.candidate(index);
+            let own = u32::from(chosen == Some(index));
+            let flows_open = live.flows_open().saturating_sub(own);
+            // A limit is met by the flow that this selection opened itself.
+            let limit = if own == 1 { 0 } else { *flows_max };
+            looks.push(Look {
+                index,
+                flows_open,
+                verdict: live.verdict(limit, now),
+                tried: tried.contains(index),
+            });
+        };
+        chosen.into_iter().for_each(&mut look);
+        let sampled = &self.sampled.indexes[..self.sampled.count];
+        let seen = if sampled.is_empty() { table.eligible() } else { sampled };
+        seen.iter().take(Looks::MAX).copied().for_each(&mut look);
+        looks
     }
 
     /// Any of those that are paused.
@@ -137,7 +296,7 @@ impl Selector {
             }
         }
         match chosen {
-            Some(index) => Ok(Selection { index, open: view.table.backend(index).live.open_flow() }),
+            Some(index) => Ok(Selection { index, open: view.table.backend(index).live.open_flow(), side: 0 }),
             None if view.full > 0 => Err(NoBackend::AllFull),
             None => Err(NoBackend::AllFailed),
         }
@@ -150,6 +309,8 @@ impl Selector {
         let alias = view.table.alias();
         let samples: [BackendIndex; SAMPLES] =
             std::array::from_fn(|_| BackendIndex(alias.draw(self.random.next())));
+        self.sampled = Sampled::of(&samples);
+        let balancers = view.table.balancers();
         let mut surface = f32::INFINITY;
         let mut probes = 0_u32;
         let mut levels = [f32::INFINITY; SAMPLES];
@@ -157,7 +318,7 @@ impl Selector {
             let Some((verdict, open)) = view.usable(index) else { continue };
             probes |= u32::from(verdict == Verdict::Probe) << place;
             let step = view.table.step(index);
-            levels[place] = open as f32 * step;
+            levels[place] = open as f32 * balancers * step;
             surface = surface.min(levels[place] + step);
         }
         let below = |place: usize| u32::from(levels[place] < surface) << place;
@@ -173,11 +334,13 @@ impl Selector {
 
     fn below_surface_of_all(&mut self, view: &mut View<'_>) -> Option<(BackendIndex, Verdict)> {
         let eligible = view.table.eligible();
+        self.sampled.count = 0;
+        let balancers = view.table.balancers();
         let mut surface = f32::INFINITY;
         for &index in eligible {
             if let Some((_, open)) = view.usable(index) {
                 let step = view.table.step(index);
-                surface = surface.min(open as f32 * step + step);
+                surface = surface.min(open as f32 * balancers * step + step);
             }
         }
         let mut chosen = None;
@@ -187,7 +350,7 @@ impl Selector {
             let Some((verdict, open)) = view.usable(index) else { continue };
             // Other workers may have opened flows since the first pass, so that nobody is below any more.
             stand_in = stand_in.or(Some((index, verdict)));
-            if open as f32 * view.table.step(index) < surface {
+            if open as f32 * balancers * view.table.step(index) < surface {
                 let weight = view.weight(index);
                 // Weighted reservoir of one (Chao, 1982).
                 weights += weight;
@@ -199,8 +362,161 @@ impl Selector {
         chosen.or(stand_in)
     }
 
+    /// The one of less cost of two samples in proportion to weight; `cost` is given the backend and its flows open.
+    fn better_of_two(
+        &mut self,
+        view: &mut View<'_>,
+        cost: fn(&View<'_>, BackendIndex, u32) -> f32,
+    ) -> Option<(BackendIndex, Verdict)> {
+        let alias = view.table.alias();
+        let first = BackendIndex(alias.draw(self.random.next()));
+        let mut second = first;
+        // Where one has nearly all the weight, it may be drawn again and again: then it is the choice.
+        for _ in 0..SAMPLES {
+            second = BackendIndex(alias.draw(self.random.next()));
+            if second != first {
+                break;
+            }
+        }
+        self.sampled = Sampled::of(&[first, second]);
+        let mut look =
+            |index| view.usable(index).map(|(verdict, open)| (cost(view, index, open), index, verdict));
+        let (a, b) = (look(first), look(second));
+        let better = match (a, b) {
+            (Some(a), Some(b)) => Some(if b.0 < a.0 { b } else { a }),
+            (a, b) => a.or(b),
+        };
+        better.map(|(_, index, verdict)| (index, verdict)).or_else(|| self.below_surface_of_all(view))
+    }
+
+    fn next_in_weighted_turn(&mut self, view: &mut View<'_>) -> Option<(BackendIndex, Verdict)> {
+        let (eligible, stride) = (view.table.eligible(), view.table.stride());
+        self.sampled.count = 0;
+        for _ in 0..eligible.len().min(SCAN_MAX) {
+            let index = eligible[stride.pick(&mut self.turn) as usize];
+            if let Some((verdict, _)) = view.usable(index) {
+                return Some((index, verdict));
+            }
+        }
+        self.below_surface_of_all(view)
+    }
+
+    /// In the order of the table, which is that of their ids.
+    fn first(&mut self, view: &mut View<'_>) -> Option<(BackendIndex, Verdict)> {
+        self.sampled.count = 0;
+        let eligible = view.table.eligible().iter().copied();
+        eligible.into_iter().find_map(|index| view.usable(index).map(|(verdict, _)| (index, verdict)))
+    }
+
+    /// The first choice of the key that can be used and is within the bounded load.
+    fn by_key(&mut self, view: &mut View<'_>, key: FlowKey) -> Option<(BackendIndex, Verdict)> {
+        let maglev = view.table.maglev().filter(|maglev| !maglev.is_empty())?;
+        let mut stand_in = None;
+        let mut mean = None;
+        let mut sampled = Sampled::default();
+        for attempt in 0..KEY_CHOICES {
+            let index = BackendIndex(maglev.index(key.bits(), attempt));
+            if sampled.indexes[..sampled.count].contains(&index) {
+                continue;
+            }
+            sampled.indexes[sampled.count] = index;
+            sampled.count += 1;
+            let weight = view.weight(index);
+            // The look-up table may be a little older than the weights.
+            let Some((verdict, open)) = view.usable(index).filter(|_| weight > 0.0) else { continue };
+            if view.table.bounded_load() > 0.0 {
+                let mean = *mean.get_or_insert_with(|| self.mean_level(view));
+                let most = (view.table.bounded_load() * weight * mean).ceil();
+                if open as f32 + 1.0 > most {
+                    stand_in = stand_in.or(Some((index, verdict)));
+                    continue;
+                }
+            }
+            self.sampled = sampled;
+            return Some((index, verdict));
+        }
+        self.sampled = sampled;
+        stand_in.or_else(|| self.below_surface_of_all(view))
+    }
+
+    /// Flows open for each unit of weight, with this one: of the whole pool where it is small, else as a few show it.
+    fn mean_level(&mut self, view: &View<'_>) -> f32 {
+        let eligible = view.table.eligible();
+        let (mut open, mut weights) = (1.0_f32, 0.0_f32);
+        let mut add = |index: BackendIndex| {
+            open += view.table.candidate(index).live.flows_open() as f32;
+            weights += view.weight(index);
+        };
+        if eligible.len() <= SCAN_MAX {
+            eligible.iter().copied().for_each(add);
+        } else {
+            (0..LOAD_SAMPLES).for_each(|_| add(eligible[self.random.below(eligible.len() as u32) as usize]));
+        }
+        open / weights.max(f32::MIN_POSITIVE)
+    }
+
+    /// By the answers to probes; without enough of them, the better of two by flows and weight.
+    fn by_probes(&mut self, view: &mut View<'_>) -> Option<(BackendIndex, Verdict)> {
+        let epoch = view.table.members().epoch();
+        let now = view.now;
+        let chosen = view.table.probes().and_then(|probes| {
+            let mut probes = probes.try_lock().ok()?;
+            let usable = |index: BackendIndex| view.weight(index) > 0.0 && view.usable(index).is_some();
+            probes.choose(epoch, now, usable)
+        });
+        if let Some((index, ..)) = chosen
+            && let Some((verdict, _)) = view.usable(index)
+        {
+            self.sampled = Sampled::of(&[index]);
+            return Some((index, verdict));
+        }
+        self.better_of_two(view, flows_by_weight)
+    }
+
+    /// In turn among those that meet the criteria.
+    fn by_criteria(&mut self, view: &mut View<'_>) -> Option<(BackendIndex, Verdict)> {
+        let table = view.table;
+        let mut left = Considered::default();
+        let mut gated = Considered::default();
+        let mut consider = |index: BackendIndex, random: &mut Random| {
+            let Some((_, open)) = view.usable(index) else { return };
+            let gate = table.criteria().gate(index);
+            let passes = gate >= 1.0 || random.unit() < gate;
+            if passes { left.push(index, open) } else { gated.push(index, open) }
+        };
+        if table.alias().is_empty() {
+            self.sampled.count = 0;
+            table.eligible().iter().take(SCAN_MAX).for_each(|index| consider(*index, &mut self.random));
+        } else {
+            let draw = |random: &mut Random| BackendIndex(table.alias().draw(random.next()));
+            let mut samples: [BackendIndex; CRITERIA_SAMPLES] =
+                std::array::from_fn(|_| draw(&mut self.random));
+            samples.sort_unstable();
+            self.sampled = Sampled::of(&samples);
+            let mut before = None;
+            for index in samples.into_iter().filter(|index| before.replace(*index) != Some(*index)) {
+                consider(index, &mut self.random);
+            }
+        }
+        if left.as_slice().is_empty() {
+            left = gated;
+        }
+        let explores = table.criteria().rules().first().is_some_and(|rule| rule.most)
+            && self.random.below(EXPLORE_EVERY) == 0;
+        if !explores {
+            table.criteria().keep_best(&mut left);
+        }
+        // The next after the last chosen, in the order of indexes.
+        let after = |(index, _): &&(BackendIndex, u32)| index.0 >= self.turn;
+        let next = left.as_slice().iter().find(after).or_else(|| left.as_slice().first());
+        let Some(&(index, _)) = next else { return self.below_surface_of_all(view) };
+        self.turn = index.0 + 1;
+        view.usable(index).map(|(verdict, _)| (index, verdict))
+    }
+
     fn next_in_turn(&mut self, view: &mut View<'_>) -> Option<(BackendIndex, Verdict)> {
         let eligible = view.table.eligible();
+        self.sampled.count = 0;
         for step in 0..eligible.len() {
             let place = (self.turn as usize + step) % eligible.len();
             if let Some((verdict, _)) = view.usable(eligible[place]) {
@@ -213,6 +529,7 @@ impl Selector {
 
     fn any(&mut self, view: &mut View<'_>) -> Option<(BackendIndex, Verdict)> {
         let eligible = view.table.eligible();
+        self.sampled.count = 0;
         for _ in 0..SAMPLES {
             let index = eligible[self.random.below(eligible.len() as u32) as usize];
             if let Some((verdict, _)) = view.usable(index) {
@@ -234,22 +551,53 @@ impl Selector {
     }
 }
 
+/// What `p2c` compares.
+fn flows_by_weight(view: &View<'_>, index: BackendIndex, open: u32) -> f32 {
+    (open as f32 * view.table.balancers() + 1.0) * view.table.step(index)
+}
+
+/// What `peak-ewma` compares. One that was never measured is tried by one flow at a time.
+fn latency_by_flows(view: &View<'_>, index: BackendIndex, open: u32) -> f32 {
+    let unknown = if open == 0 { 0.0 } else { LATENCY_UNKNOWN_MICROS };
+    view.table.candidate(index).live.latency_micros(view.now).unwrap_or(unknown) * (open as f32 + 1.0)
+}
+
 /// A table seen by one flow.
 struct View<'a> {
     table: &'a AllocationTable,
     tried: &'a Excluded,
     now: Timestamp,
-    /// How many looks found a backend full, in this pass.
+    ignore_ejections: bool,
+    /// How many looks there were, and how many found a backend ejected.
+    looks: u32,
+    ejected: u32,
+    /// How many looks found a backend full.
     full: u32,
 }
 
-impl View<'_> {
+impl<'a> View<'a> {
+    fn new(table: &'a AllocationTable, tried: &'a Excluded, now: Timestamp) -> Self {
+        let ignore_ejections = table.ignores_ejections();
+        Self { table, tried, now, ignore_ejections, looks: 0, ejected: 0, full: 0 }
+    }
+
+    /// More than half of those looked at are ejected: worth a look at the others.
+    fn seems_ejected(&self) -> bool {
+        !self.ignore_ejections && self.ejected * 2 > self.looks
+    }
+
     /// The verdict and the flows open, where this flow may use the backend.
     fn usable(&mut self, index: BackendIndex) -> Option<(Verdict, u32)> {
         let Candidate { live, flows_max } = self.table.candidate(index);
+        self.looks += 1;
         match live.verdict(*flows_max, self.now) {
             _ if self.tried.contains(index) => None,
             verdict @ (Verdict::Usable | Verdict::Probe) => Some((verdict, live.flows_open())),
+            Verdict::Ejected if self.ignore_ejections => Some((Verdict::Usable, live.flows_open())),
+            Verdict::Ejected => {
+                self.ejected += 1;
+                None
+            }
             Verdict::Paused => None,
             Verdict::Full => {
                 self.full += 1;
@@ -287,7 +635,7 @@ impl Random {
     }
 
     /// 0 up to but not 1.
-    fn unit(&mut self) -> f32 {
+    pub(crate) fn unit(&mut self) -> f32 {
         (self.next() >> 40) as f32 * (1.0 / 16_777_216.0)
     }
 }
@@ -426,6 +774,220 @@ mod tests {
             let tries = held.iter().filter(|s| s.index == BackendIndex(0)).count();
             assert_eq!(tries, 1, "{policy}: one flow tries, the others do not wait for it");
         }
+    }
+
+    fn spec(policy: Policy, weights: &[f32]) -> crate::TableSpec {
+        let plain = table(policy, weights);
+        crate::TableSpec::new(1, policy, Arc::clone(plain.members()), weights.to_vec())
+    }
+
+    fn pick(table: &AllocationTable, selector: &mut Selector) -> u32 {
+        selector.select(table, &Excluded::none(), NOW).unwrap().index.0
+    }
+
+    #[test]
+    fn other_balancers_flows_count_as_ours_do() {
+        // Two open at weight 4 against none at weight 1: alone, the heavy one is below the surface; with three balancers
+        // it has six.
+        for (balancers, heavy) in [(1.0, true), (4.0, false)] {
+            let table = AllocationTable::build(crate::TableSpec {
+                balancers,
+                ..spec(Policy::LeastConnections, &[4.0, 1.0])
+            });
+            let _held: Vec<_> = (0..2).map(|_| table.backend(BackendIndex(0)).live.open_flow()).collect();
+            let mut selector = Selector::new(3);
+            let got = (0..200).filter(|_| pick(&table, &mut selector) == 0).count();
+            assert_eq!(got > 0, heavy, "{balancers} balancers: {got} of 200");
+        }
+    }
+
+    #[test]
+    fn the_better_of_two_is_chosen() {
+        let two = table(Policy::P2c, &[1.0, 1.0]);
+        let _busy = two.backend(BackendIndex(0)).live.open_flow();
+        let mut selector = Selector::new(1);
+        // With two backends, both are drawn nearly always.
+        let idle = (0..1_000).filter(|_| pick(&two, &mut selector) == 1).count();
+        assert!(idle > 950, "{idle} of 1,000");
+        let slow = table(Policy::PeakEwma, &[1.0, 1.0]);
+        for (index, micros) in [(0, 1_000), (1, 9_000)] {
+            slow.backend(BackendIndex(index)).live.open_flow().first_byte_took(micros, NOW);
+        }
+        let fast = (0..1_000).filter(|_| pick(&slow, &mut selector) == 0).count();
+        assert!(fast > 950, "{fast} of 1,000");
+        let _five: Vec<_> = (0..9).map(|_| slow.backend(BackendIndex(0)).live.open_flow()).collect();
+        let fast = (0..1_000).filter(|_| pick(&slow, &mut selector) == 0).count();
+        assert!(fast < 50, "ten at 1 ms are worse than one at 9 ms: {fast} of 1,000");
+    }
+
+    #[test]
+    fn weighted_turns_are_smooth() {
+        for policy in [Policy::WeightedRoundRobin, Policy::Utilization] {
+            let got = shares(&table(policy, &[1.0, 2.0, 0.0, 3.0]), 600, true);
+            for (got, want) in got.iter().zip([1.0 / 6.0, 2.0 / 6.0, 0.0, 0.5]) {
+                assert!((got - want).abs() < 0.01, "{policy}: {got} instead of {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_takes_all_until_it_is_full() {
+        let table = with_limits(Policy::First, &[1.0; 3], 2);
+        let mut selector = Selector::new(9);
+        let held: Vec<_> = (0..5).map(|_| selector.select(&table, &Excluded::none(), NOW).unwrap()).collect();
+        let order: Vec<u32> = held.iter().map(|selection| selection.index.0).collect();
+        assert_eq!(order, [0, 0, 1, 1, 2]);
+    }
+
+    #[test]
+    fn a_client_keeps_its_backend_and_the_load_is_bounded() {
+        let free = AllocationTable::build(spec(Policy::Maglev, &[1.0; 5]));
+        let bounded = AllocationTable::build(crate::TableSpec {
+            bounded_load: 1.25,
+            ..spec(Policy::Maglev, &[1.0; 5])
+        });
+        assert!(free.wants_key());
+        let key = FlowKey::of_client([10, 0, 0, 7].into());
+        let (mut one, mut other) = (Selector::new(1), Selector::new(2));
+        let of =
+            |selector: &mut Selector, table| selector.select_for(table, key, &Excluded::none(), NOW).unwrap();
+        let home = of(&mut one, &free).index;
+        for _ in 0..100 {
+            assert_eq!(of(&mut other, &free).index, home, "every worker and balancer finds the same");
+        }
+        // One client with a hundred flows: without a bound all on one, with it at most 1.25 times the mean.
+        let held: Vec<_> = (0..100).map(|_| of(&mut one, &bounded)).collect();
+        let most = bounded.members().backends().iter().map(|b| b.live.flows_open()).max().unwrap();
+        assert!((20..=26).contains(&most), "{most} of 100 on one of five");
+        drop(held);
+        free.backend(home).live.open_flow().connect_failed(ConnectFailure::Refused, NOW);
+        let away = of(&mut one, &free).index;
+        assert_ne!(away, home);
+        assert_eq!(of(&mut other, &free).index, away, "and the same second choice");
+        assert_eq!(of(&mut one, &AllocationTable::build(spec(Policy::Maglev, &[1.0; 5]))).index, home);
+    }
+
+    #[test]
+    fn criteria_take_turns_among_those_that_meet_them() {
+        let rule = crate::Rule { most: false, tolerance: 0.1, scale_floor: 0.01, spill: None };
+        let score = |base: f32| crate::Score { base, per_flow: 0.0 };
+        for count in [4, 200] {
+            let scores = (0..count).map(|n| score(if n % 4 == 0 { 0.2 } else { 0.9 })).collect();
+            let criteria = crate::Criteria::new(vec![rule], scores, vec![], vec![]);
+            let table = AllocationTable::build(crate::TableSpec {
+                criteria,
+                ..spec(Policy::Criteria, &vec![1.0; count])
+            });
+            let got = shares(&table, 4_000, false);
+            let met: f64 = got.iter().step_by(4).sum();
+            assert!(met > 0.97, "{count}: {met} of the flows went to who meets the criterion");
+            let most = got.iter().copied().fold(0.0, f64::max);
+            assert!(most < 2.5 * 4.0 / count as f64, "{count}: {most} went to one");
+        }
+        // A gate: considered for a tenth of the flows only.
+        let criteria = crate::Criteria::new(vec![rule], vec![score(0.1), score(0.9)], vec![], vec![0.1, 1.0]);
+        let table =
+            AllocationTable::build(crate::TableSpec { criteria, ..spec(Policy::Criteria, &[1.0, 1.0]) });
+        let got = shares(&table, 4_000, false);
+        assert!((got[0] - 0.1).abs() < 0.02, "{got:?}");
+    }
+
+    #[test]
+    fn probes_decide_where_there_are_answers() {
+        let probes = Arc::new(std::sync::Mutex::new(crate::ProbePool::new(crate::ProbeKnobs::default(), 1)));
+        let table = AllocationTable::build(crate::TableSpec {
+            probes: Some(Arc::clone(&probes)),
+            ..spec(Policy::Prequal, &[1.0; 20])
+        });
+        let mut selector = Selector::new(4);
+        assert!(pick(&table, &mut selector) < 20, "without an answer, by flows");
+        let mut pool = probes.lock().unwrap();
+        pool.renumber(table.members().epoch(), 20);
+        for n in 0..16 {
+            pool.answer(table.members().epoch(), BackendIndex(n), 3, 1_000 - n * 10, NOW);
+        }
+        drop(pool);
+        assert_eq!(pick(&table, &mut selector), 15, "the fastest of the cold");
+        let _locked = probes.lock().unwrap();
+        assert!(pick(&table, &mut selector) < 20, "nobody waits for the lock");
+    }
+
+    #[test]
+    fn versions_are_divided_first() {
+        let whole = spec(Policy::RoundRobin, &[1.0; 4]);
+        let side = |version: &str, share, weights: [f32; 4]| crate::Side {
+            version: version.into(),
+            share,
+            table: AllocationTable::new(1, Policy::RoundRobin, Arc::clone(&whole.members), weights.to_vec()),
+        };
+        let split = |by, new: [f32; 4]| crate::Split {
+            by,
+            sides: vec![side("1", 0.9, [1.0, 1.0, 1.0, 0.0]), side("2", 0.1, new)],
+        };
+        let only_last = [0.0, 0.0, 0.0, 1.0];
+        let table = AllocationTable::build(whole.clone()).with_split(split(SplitBy::Share, only_last));
+        assert!((shares(&table, 20_000, false)[3] - 0.1).abs() < 0.01, "one of four, a tenth of the flows");
+        let by_client = AllocationTable::build(whole.clone()).with_split(split(SplitBy::Client, only_last));
+        let mut selector = Selector::new(1);
+        let mut side_of = |n: u16| {
+            let key = FlowKey::of_client([10, 0, (n >> 8) as u8, n as u8].into());
+            let of = |selector: &mut Selector| {
+                selector.select_for(&by_client, key, &Excluded::none(), NOW).unwrap().side
+            };
+            let side = of(&mut selector);
+            assert!((0..20).all(|_| of(&mut selector) == side), "a client stays with its version");
+            side
+        };
+        let new = (0..2_000).filter(|n| side_of(*n) == 1).count();
+        assert!((150..250).contains(&new), "{new} of 2,000 clients");
+        // Nobody serves the new version: the old one does.
+        let table = AllocationTable::build(whole.clone()).with_split(split(SplitBy::Share, [0.0; 4]));
+        assert_eq!(shares(&table, 500, false)[3], 0.0);
+    }
+
+    #[test]
+    fn ejections_are_ignored_where_most_are_ejected() {
+        for policy in Policy::ALL.into_iter().filter(|policy| *policy != Policy::Maglev) {
+            let table = table(policy, &[1.0; 4]);
+            let eject = |index| {
+                let live = &table.backend(BackendIndex(index)).live;
+                live.open_flow().connect_failed(ConnectFailure::TimedOut, NOW);
+            };
+            eject(0);
+            let mut selector = Selector::new(5);
+            let got = |selector: &mut Selector| (0..200).filter(|_| pick(&table, selector) == 0).count();
+            assert_eq!(got(&mut selector), 0, "{policy}: one of four stays ejected");
+            assert_eq!(selector.panics(), 0);
+            eject(1);
+            eject(2);
+            assert!(got(&mut selector) > 0, "{policy}: three of four are not all at fault");
+            assert!(selector.panics() > 0);
+        }
+    }
+
+    #[test]
+    fn a_requirement_that_nobody_meets_is_told_apart() {
+        let none = AllocationTable::build(crate::TableSpec {
+            requirement_unmet: true,
+            ..spec(Policy::Adaptive, &[0.0, 0.0])
+        });
+        let why = Selector::new(1).select(&none, &Excluded::none(), NOW).unwrap_err();
+        assert_eq!(why, NoBackend::RequirementUnmet);
+    }
+
+    #[test]
+    fn looks_are_as_before_the_flow() {
+        let table = with_limits(Policy::Adaptive, &[1.0, 1.0, 0.0], 1);
+        let _full = table.backend(BackendIndex(1)).live.open_flow();
+        let mut selector = Selector::new(1);
+        let chosen = selector.select(&table, &Excluded::none(), NOW).unwrap();
+        let looks = selector.looks(&table, Some(chosen.index), &Excluded::none(), NOW);
+        let seen: Vec<_> = looks.as_slice().iter().map(|l| (l.index.0, l.flows_open, l.verdict)).collect();
+        assert_eq!(seen, [(0, 0, Verdict::Usable), (1, 1, Verdict::Full)]);
+        let large = self::table(Policy::Adaptive, &[1.0; 100]);
+        let chosen = selector.select(&large, &Excluded::none(), NOW).unwrap();
+        let looks = selector.looks(&large, Some(chosen.index), &Excluded::none(), NOW);
+        assert!((1..=SAMPLES).contains(&looks.as_slice().len()));
     }
 
     proptest! {

@@ -2,65 +2,15 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::str::FromStr;
 use std::sync::Arc;
 
-use crate::{AliasTable, LiveFacts, ResourceId};
+use crate::key::stable_hash;
+use crate::probes::SharedProbePool;
+use crate::{AliasTable, Criteria, LiveFacts, Maglev, Policy, ResourceId, Stride};
 
 /// A weight is never further than this factor from the mean, either way: one wrong report can neither starve a backend
 /// nor flood it.
 pub const WEIGHT_RATIO_MAX: f32 = 10.0;
-
-/// How a backend is chosen for a flow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum Policy {
-    /// Least `(flows open + 1) / weight` among four samples in proportion to weight, with weights from reports.
-    #[default]
-    Adaptive,
-    /// Least `(flows open + 1) / weight` among all, with registered weights.
-    LeastConnections,
-    /// Each in turn.
-    RoundRobin,
-    /// Any, alike.
-    Random,
-}
-
-impl Policy {
-    /// Every policy.
-    pub const ALL: [Self; 4] = [Self::Adaptive, Self::LeastConnections, Self::RoundRobin, Self::Random];
-
-    /// Its name in configuration, on the command line and in output.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Adaptive => "adaptive",
-            Self::LeastConnections => "least-connections",
-            Self::RoundRobin => "round-robin",
-            Self::Random => "random",
-        }
-    }
-}
-
-impl fmt::Display for Policy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-/// A text that names no policy.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("there is no policy {0:?}; there are adaptive, least-connections, round-robin and random")]
-pub struct UnknownPolicy(
-    /// The text.
-    pub String,
-);
-
-impl FromStr for Policy {
-    type Err = UnknownPolicy;
-
-    fn from_str(text: &str) -> Result<Self, UnknownPolicy> {
-        Self::ALL.into_iter().find(|p| p.name() == text).ok_or_else(|| UnknownPolicy(text.to_owned()))
-    }
-}
 
 /// A resource as the dataplane sees it.
 #[derive(Debug, Clone)]
@@ -76,12 +26,13 @@ pub struct Backend {
 }
 
 /// A backend's place in [`Members`]. It means something only together with the table it was selected from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct BackendIndex(pub u32);
 
 /// Who is in a pool. Made anew when one joins or leaves; shared by all the generations in between.
 #[derive(Debug, Clone, Default)]
 pub struct Members {
+    epoch: u64,
     backends: Box<[Backend]>,
     candidates: Box<[Candidate]>,
 }
@@ -100,12 +51,157 @@ impl Members {
             .iter()
             .map(|b| Candidate { live: Arc::clone(&b.live), flows_max: b.flows_max })
             .collect();
-        Self { backends: backends.into(), candidates }
+        Self { epoch: 0, backends: backends.into(), candidates }
+    }
+
+    /// Numbers them, so that who keeps a [`BackendIndex`] can tell whether it still means the same.
+    pub fn with_epoch(self, epoch: u64) -> Self {
+        Self { epoch, ..self }
+    }
+
+    /// The number they were given; 0: none.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// A hash of every id, the same in every process, for consistent hashing.
+    pub fn hashes(&self) -> Vec<u64> {
+        self.backends.iter().map(|backend| stable_hash(backend.id.as_str().as_bytes(), 0)).collect()
     }
 
     /// All of them.
     pub fn backends(&self) -> &[Backend] {
         &self.backends
+    }
+}
+
+/// Why a table leaves a backend out: it gets no new flows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u8)]
+pub enum LeftOut {
+    /// It is not left out.
+    #[default]
+    Not,
+    /// An operator drains it.
+    Draining,
+    /// It says itself that it is not ready.
+    NotReady,
+    /// Its lease is over.
+    Expired,
+    /// It does not meet what the flows of this table require.
+    Requirement,
+    /// It is of a version that flows of this table do not get.
+    OtherVersion,
+    /// It has no weight for another reason.
+    NoWeight,
+}
+
+impl fmt::Display for LeftOut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Not => "it is considered",
+            Self::Draining => "an operator drains it",
+            Self::NotReady => "it reports that it is not ready",
+            Self::Expired => "its lease is over: no report came in time",
+            Self::Requirement => "it does not meet the requirement",
+            Self::OtherVersion => "it is of another version",
+            Self::NoWeight => "it has no weight",
+        })
+    }
+}
+
+/// What an [`AllocationTable`] is made of. The defaults are those of a pool of which nothing special is known.
+#[derive(Debug, Clone)]
+pub struct TableSpec {
+    /// Counts up with each table of the pool.
+    pub generation: u64,
+    /// How it selects.
+    pub policy: Policy,
+    /// Who is in the pool.
+    pub members: Arc<Members>,
+    /// One for each member; 0, below it or not finite leaves its backend out.
+    pub weights: Vec<f32>,
+    /// How many balancers share the pool: flows open elsewhere are taken to be like ours.
+    pub balancers: f32,
+    /// Ejections ([`crate::Verdict::Ejected`]) are ignored: all are saturated, or nobody knows.
+    pub ignore_ejections: bool,
+    /// Why, for each member with no weight; empty: nobody asks.
+    pub left_out: Vec<LeftOut>,
+    /// Nobody who is ready meets the requirement: what [`crate::NoBackend`] says when nobody is eligible.
+    pub requirement_unmet: bool,
+    /// For [`Policy::Criteria`].
+    pub criteria: Criteria,
+    /// For [`Policy::Maglev`], when one fits that was made before.
+    pub maglev: Option<Arc<Maglev>>,
+    /// For [`Policy::Maglev`]: a backend takes up to this many times its fair part of all open flows; 0: any number.
+    pub bounded_load: f32,
+    /// For [`Policy::Prequal`].
+    pub probes: Option<Arc<SharedProbePool>>,
+}
+
+impl TableSpec {
+    /// A table of these members and weights, with nothing special.
+    pub fn new(generation: u64, policy: Policy, members: Arc<Members>, weights: Vec<f32>) -> Self {
+        Self {
+            generation,
+            policy,
+            members,
+            weights,
+            balancers: 1.0,
+            ignore_ejections: false,
+            left_out: Vec::new(),
+            requirement_unmet: false,
+            criteria: Criteria::default(),
+            maglev: None,
+            bounded_load: 0.0,
+            probes: None,
+        }
+    }
+}
+
+/// One version's side of a split.
+#[derive(Debug)]
+pub struct Side {
+    /// The version.
+    pub version: String,
+    /// Its part of new flows, 0 to 1.
+    pub share: f32,
+    /// Who serves it.
+    pub table: AllocationTable,
+}
+
+/// By what flows are divided between versions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SplitBy {
+    /// At random, by share.
+    #[default]
+    Share,
+    /// By the client's address: the same client gets the same version for as long as shares stay.
+    Client,
+}
+
+/// The sides of a pool whose new flows are divided between versions before they are balanced.
+#[derive(Debug)]
+pub struct Split {
+    /// By what.
+    pub by: SplitBy,
+    /// The baseline first.
+    pub sides: Vec<Side>,
+}
+
+impl Split {
+    /// The side of a flow, by a number that is even over all of `u32`.
+    pub(crate) fn side(&self, number: u32) -> usize {
+        let sum: f32 = self.sides.iter().map(|side| side.share).sum();
+        let mut left = number as f32 / u32::MAX as f32 * sum;
+        for (place, side) in self.sides.iter().enumerate() {
+            left -= side.share;
+            if left < 0.0 && side.share > 0.0 {
+                return place;
+            }
+        }
+        // Rounding, or no share at all: the baseline.
+        self.sides.iter().rposition(|side| side.share > 0.0).unwrap_or(0)
     }
 }
 
@@ -121,7 +217,19 @@ pub struct AllocationTable {
     steps: Box<[f32]>,
     /// Backends of weight above 0, in order.
     eligible: Box<[BackendIndex]>,
+    balancers: f32,
+    ignore_ejections: bool,
+    requirement_unmet: bool,
+    left_out: Box<[LeftOut]>,
+    /// Empty where the policy does not sample.
     alias: AliasTable,
+    /// Over `eligible`; empty where the policy takes no turns by weight.
+    stride: Stride,
+    criteria: Criteria,
+    maglev: Option<Arc<Maglev>>,
+    bounded_load: f32,
+    probes: Option<Arc<SharedProbePool>>,
+    split: Option<Split>,
 }
 
 impl AllocationTable {
@@ -130,8 +238,16 @@ impl AllocationTable {
     /// # Panics
     /// If there are more or fewer weights than members.
     pub fn new(generation: u64, policy: Policy, members: Arc<Members>, weights: Vec<f32>) -> Self {
+        Self::build(TableSpec::new(generation, policy, members, weights))
+    }
+
+    /// The table of a specification.
+    ///
+    /// # Panics
+    /// If there are more or fewer weights than members.
+    pub fn build(spec: TableSpec) -> Self {
+        let TableSpec { generation, policy, members, mut weights, .. } = spec;
         assert_eq!(members.backends.len(), weights.len(), "one weight for each member");
-        let mut weights = weights;
         let mut eligible = Vec::with_capacity(weights.len());
         for (index, weight) in (0..).zip(&mut weights) {
             if weight.is_finite() && *weight > 0.0 {
@@ -140,11 +256,54 @@ impl AllocationTable {
                 *weight = 0.0;
             }
         }
-        // Only the adaptive policy samples by weight, and only where it does not look at everyone anyway.
-        let samples = policy == Policy::Adaptive && eligible.len() > crate::select::SCAN_MAX;
-        let alias = if samples { AliasTable::new(&weights) } else { AliasTable::default() };
+        if policy == Policy::First {
+            eligible.sort_unstable_by(|a, b| {
+                let id = |index: &BackendIndex| &members.backends[index.0 as usize].id;
+                id(a).cmp(id(b))
+            });
+        }
+        let alias =
+            if samples(policy, eligible.len()) { AliasTable::new(&weights) } else { AliasTable::default() };
+        let stride = match policy {
+            Policy::WeightedRoundRobin | Policy::Utilization => {
+                let of = |index: &BackendIndex| weights[index.0 as usize];
+                Stride::new(&eligible.iter().map(of).collect::<Vec<_>>())
+            }
+            _ => Stride::default(),
+        };
+        let maglev = (policy == Policy::Maglev)
+            .then(|| spec.maglev.unwrap_or_else(|| Arc::new(Maglev::new(&members.hashes(), &weights))));
         let steps = weights.iter().map(|weight| weight.recip()).collect();
-        Self { generation, policy, members, weights: weights.into(), steps, eligible: eligible.into(), alias }
+        Self {
+            generation,
+            policy,
+            members,
+            weights: weights.into(),
+            steps,
+            eligible: eligible.into(),
+            balancers: if spec.balancers >= 1.0 { spec.balancers } else { 1.0 },
+            ignore_ejections: spec.ignore_ejections,
+            requirement_unmet: spec.requirement_unmet,
+            left_out: spec.left_out.into(),
+            alias,
+            stride,
+            criteria: spec.criteria,
+            maglev,
+            bounded_load: spec.bounded_load,
+            probes: spec.probes,
+            split: None,
+        }
+    }
+
+    /// Divides flows between versions before it balances. Its own weights stay what `explain` shows of the whole.
+    ///
+    /// # Panics
+    /// If a side has other members.
+    pub fn with_split(mut self, split: Split) -> Self {
+        let same = |side: &Side| Arc::ptr_eq(&side.table.members, &self.members);
+        assert!(split.sides.iter().all(same), "indexes of a side are indexes of the whole");
+        self.split = (!split.sides.is_empty()).then_some(split);
+        self
     }
 
     /// A pool nobody has joined.
@@ -172,14 +331,77 @@ impl AllocationTable {
         &self.weights
     }
 
-    /// Backends that may get flows, in index order.
+    /// Backends that may get flows, in index order (for [`Policy::First`], in order of their ids).
     pub fn eligible(&self) -> &[BackendIndex] {
         &self.eligible
+    }
+
+    /// How many balancers share the pool; at least 1.
+    pub fn balancers(&self) -> f32 {
+        self.balancers
+    }
+
+    /// Why a backend is left out, where that was noted.
+    pub fn left_out(&self, index: BackendIndex) -> LeftOut {
+        match self.left_out.get(index.0 as usize) {
+            Some(why) => *why,
+            None if self.weights[index.0 as usize] > 0.0 => LeftOut::Not,
+            None => LeftOut::NoWeight,
+        }
+    }
+
+    /// Whether nobody who is ready meets the requirement.
+    pub fn is_requirement_unmet(&self) -> bool {
+        self.requirement_unmet
+    }
+
+    /// Whether ejections are ignored.
+    pub fn ignores_ejections(&self) -> bool {
+        self.ignore_ejections
+    }
+
+    /// Whether a selection depends on who the client is: only then it is worth asking the kernel.
+    pub fn wants_key(&self) -> bool {
+        self.policy == Policy::Maglev || self.split.as_ref().is_some_and(|split| split.by == SplitBy::Client)
     }
 
     /// The sampling distribution; empty where the policy does not sample.
     pub fn alias(&self) -> &AliasTable {
         &self.alias
+    }
+
+    /// Whose turn it is, over [`AllocationTable::eligible`]; empty where the policy takes no turns by weight.
+    pub(crate) fn stride(&self) -> &Stride {
+        &self.stride
+    }
+
+    /// The scores of [`Policy::Criteria`].
+    pub fn criteria(&self) -> &Criteria {
+        &self.criteria
+    }
+
+    /// The look-up table of [`Policy::Maglev`].
+    pub fn maglev(&self) -> Option<&Arc<Maglev>> {
+        self.maglev.as_ref()
+    }
+
+    pub(crate) fn bounded_load(&self) -> f32 {
+        self.bounded_load
+    }
+
+    /// The answers of [`Policy::Prequal`].
+    pub fn probes(&self) -> Option<&Arc<SharedProbePool>> {
+        self.probes.as_ref()
+    }
+
+    /// The versions that flows are divided between, if they are.
+    pub fn split(&self) -> Option<&Split> {
+        self.split.as_ref()
+    }
+
+    /// The table of a side of the split; this table where it is not split or there is no such side.
+    pub fn side(&self, side: usize) -> &Self {
+        self.split.as_ref().and_then(|split| split.sides.get(side)).map_or(self, |side| &side.table)
     }
 
     /// The backend at `index`.
@@ -198,9 +420,37 @@ impl AllocationTable {
         self.steps[index.0 as usize]
     }
 
-    /// What selection compares: the flows a backend would have, over its weight. By Little's law this is
-    /// proportional to the time it needs to drain them. Infinite for a backend that is left out.
-    pub fn cost(&self, index: BackendIndex) -> f32 {
-        (self.backend(index).live.flows_open() as f32 + 1.0) / self.weights[index.0 as usize]
+    /// What selection compares, with so many flows open on the backend: for policies that count flows, those it would have at
+    /// all balancers, over its weight. By Little's law that is proportional to the time it needs to drain them. For
+    /// `peak-ewma`, seconds of latency times flows; for those that take turns, 1 / weight. Infinite for a backend that is left
+    /// out.
+    pub fn cost(&self, index: BackendIndex, flows_open: u32, now: crate::Timestamp) -> f32 {
+        let weight = self.weights[index.0 as usize];
+        let open = flows_open as f32;
+        match self.policy {
+            _ if weight <= 0.0 => f32::INFINITY,
+            Policy::PeakEwma => {
+                let micros = self.backend(index).live.latency_micros(now).unwrap_or(0.0);
+                micros * 1e-6 * (open + 1.0)
+            }
+            Policy::WeightedRoundRobin
+            | Policy::Utilization
+            | Policy::RoundRobin
+            | Policy::Random
+            | Policy::Maglev => weight.recip(),
+            Policy::Criteria if !self.criteria.rules().is_empty() => {
+                self.criteria.score(0, index).at(flows_open)
+            }
+            _ => (open * self.balancers + 1.0) / weight,
+        }
+    }
+}
+
+/// Whether a table of so many eligible backends needs a sampling distribution.
+fn samples(policy: Policy, eligible: usize) -> bool {
+    match policy {
+        Policy::Adaptive | Policy::Criteria => eligible > crate::select::SCAN_MAX,
+        Policy::P2c | Policy::PeakEwma | Policy::Prequal => eligible > 0,
+        _ => false,
     }
 }
