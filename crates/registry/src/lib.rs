@@ -17,18 +17,22 @@
 #![forbid(unsafe_code)]
 
 mod columns;
+mod labels;
 pub mod policy;
 mod pool;
 mod registration;
 mod registry;
+mod requirement;
 mod status;
 mod utilization;
 
+pub use labels::{LABEL_BYTES_MAX, LabelsError, effective_labels, parse_labels};
 pub use registration::{RawRegistration, Registration, RegistrationError};
 pub use registry::{
     Config, ConfigError, DeregisterError, Limits, PoolConfig, Readiness, Rebuilt, RegisterError, Registered,
     Registry, Report, ReportError, UnknownPool, UnknownResource,
 };
+pub use requirement::{Requirement, RequirementError, Requirements, Test};
 pub use status::{
     Candidate, Explanation, LeftOut, Note, PoolStatus, ResourceState, ResourceStatus, Standing, StateCounts,
 };
@@ -41,12 +45,15 @@ pub const KEY_BYTES_MAX: usize = 64;
 
 /// Whether `key` may name a label, a dimension or a metric: 1 to [`KEY_BYTES_MAX`] characters of the alphabet of names.
 fn key_fault(key: &str) -> Option<KeyFault> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | ':' | '/' | '-');
     if key.is_empty() {
         Some(KeyFault::Empty)
     } else if key.len() > KEY_BYTES_MAX {
         Some(KeyFault::TooLong { length: key.len() })
     } else {
-        key.chars().find(|c| !plain(*c)).map(|found| KeyFault::Character { found })
+        key.chars().find(|c| !is_key_character(*c)).map(|found| KeyFault::Character { found })
     }
+}
+
+fn is_key_character(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | ':' | '/' | '-')
 }

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use allocation::{IdError, PoolName, ResourceId};
 
-use crate::{ENTRIES_MAX, KeyFault, key_fault};
+use crate::labels::{LABEL_BYTES_MAX, LabelsError, parse_labels};
+use crate::{ENTRIES_MAX, KeyFault};
 
-const LABEL_BYTES_MAX: usize = 256;
 const VERSION_BYTES_MAX: usize = 64;
 /// A registered weight further from 1 than this is a slip of the keyboard.
 const WEIGHT_MAX: f64 = 1000.0;
@@ -208,19 +208,14 @@ fn parse_address(text: &str) -> Result<SocketAddr, RegistrationError> {
     Ok(address)
 }
 
-fn parse_labels(labels: Vec<(String, String)>) -> Result<BTreeMap<String, String>, RegistrationError> {
-    if labels.len() > ENTRIES_MAX {
-        return Err(RegistrationError::LabelCount { count: labels.len() });
-    }
-    for (key, value) in &labels {
-        if let Some(fault) = key_fault(key) {
-            return Err(RegistrationError::LabelKey(fault));
-        }
-        if value.len() > LABEL_BYTES_MAX {
-            return Err(RegistrationError::LabelValue { key: key.clone(), length: value.len() });
+impl From<LabelsError> for RegistrationError {
+    fn from(error: LabelsError) -> Self {
+        match error {
+            LabelsError::Count { count } => Self::LabelCount { count },
+            LabelsError::Key(fault) => Self::LabelKey(fault),
+            LabelsError::Value { key, length } => Self::LabelValue { key, length },
         }
     }
-    Ok(labels.into_iter().collect())
 }
 
 #[cfg(test)]
