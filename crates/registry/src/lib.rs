@@ -17,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 mod columns;
+pub mod history;
 mod labels;
 pub mod policy;
 mod pool;
@@ -26,6 +27,7 @@ mod requirement;
 mod status;
 mod utilization;
 
+pub use history::{Aggregate, Answer, History};
 pub use labels::{LABEL_BYTES_MAX, LabelsError, effective_labels, parse_labels};
 pub use registration::{RawRegistration, Registration, RegistrationError};
 pub use registry::{
