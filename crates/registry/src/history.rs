@@ -11,6 +11,7 @@
 //!   outlive a restart sets that origin so.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -60,6 +61,27 @@ pub enum Aggregate {
     Maximum,
     /// The average times the seconds it covers: of a rate, how many there were.
     Total,
+}
+
+impl Aggregate {
+    /// Every aggregate.
+    pub const ALL: [Self; 4] = [Self::Latest, Self::Average, Self::Maximum, Self::Total];
+
+    /// Its name in configuration and output.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Latest => "latest",
+            Self::Average => "average",
+            Self::Maximum => "maximum",
+            Self::Total => "total",
+        }
+    }
+}
+
+impl fmt::Display for Aggregate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// What was asked of a window.

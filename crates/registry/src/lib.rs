@@ -17,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 mod columns;
+pub mod criteria;
 pub mod history;
 mod labels;
 pub mod policy;
@@ -27,6 +28,7 @@ mod requirement;
 mod status;
 mod utilization;
 
+pub use criteria::{Criterion, CriterionError, Direction, Footprint};
 pub use history::{Aggregate, Answer, History};
 pub use labels::{LABEL_BYTES_MAX, LabelsError, effective_labels, parse_labels};
 pub use registration::{RawRegistration, Registration, RegistrationError};
