@@ -146,6 +146,11 @@ impl LiveFacts {
         self.failures_in_a_row.load(Relaxed) > 0
     }
 
+    /// Whether it reset its newest flows before it answered.
+    pub fn is_resetting(&self) -> bool {
+        self.fast_resets_in_a_row.load(Relaxed) > 0
+    }
+
     /// Whether it may be given one more flow, when it takes `flows_max` (0: no limit).
     pub fn verdict(&self, flows_max: u32, now: Timestamp) -> Verdict {
         if flows_max != 0 && self.flows_open() >= flows_max {

@@ -61,6 +61,11 @@ impl Excluded {
         self.count += 1;
     }
 
+    /// How many are left out.
+    pub fn count(&self) -> u8 {
+        self.count
+    }
+
     /// Whether `index` is left out.
     pub fn contains(&self, index: BackendIndex) -> bool {
         self.indexes[..usize::from(self.count)].contains(&index.0)
@@ -165,8 +170,35 @@ impl Selector {
         tried: &Excluded,
         now: Timestamp,
     ) -> Result<Selection, NoBackend> {
+        let (index, side) = self.decide(table, key, tried, now, true)?;
+        Ok(Selection { index, open: table.backend(index).live.open_flow(), side })
+    }
+
+    /// What [`Selector::select_for`] would select, and on which side: no flow is opened, and no right to try a failed backend
+    /// is taken.
+    ///
+    /// # Errors
+    /// See [`NoBackend`].
+    pub fn peek(
+        &mut self,
+        table: &AllocationTable,
+        key: FlowKey,
+        tried: &Excluded,
+        now: Timestamp,
+    ) -> Result<(BackendIndex, u16), NoBackend> {
+        self.decide(table, key, tried, now, false)
+    }
+
+    fn decide(
+        &mut self,
+        table: &AllocationTable,
+        key: FlowKey,
+        tried: &Excluded,
+        now: Timestamp,
+        claims: bool,
+    ) -> Result<(BackendIndex, u16), NoBackend> {
         let Some(split) = table.split() else {
-            return self.select_in(table, key, tried, now);
+            return self.decide_in(table, key, tried, now, claims).map(|index| (index, 0));
         };
         let bits = match split.by {
             SplitBy::Share => self.random.next(),
@@ -176,8 +208,8 @@ impl Selector {
         let others = (0..split.sides.len()).filter(|side| *side != first);
         let mut failed = NoBackend::NoneReady;
         for side in std::iter::once(first).chain(others) {
-            match self.select_in(&split.sides[side].table, key, tried, now) {
-                Ok(selection) => return Ok(Selection { side: side as u16, ..selection }),
+            match self.decide_in(&split.sides[side].table, key, tried, now, claims) {
+                Ok(index) => return Ok((index, side as u16)),
                 Err(NoBackend::NoneReady) => {}
                 Err(why) => failed = why,
             }
@@ -185,14 +217,15 @@ impl Selector {
         Err(failed)
     }
 
-    /// Selects by a table that is not split.
-    fn select_in(
+    /// Decides by a table that is not split.
+    fn decide_in(
         &mut self,
         table: &AllocationTable,
         key: FlowKey,
         tried: &Excluded,
         now: Timestamp,
-    ) -> Result<Selection, NoBackend> {
+        claims: bool,
+    ) -> Result<BackendIndex, NoBackend> {
         let eligible = table.eligible();
         if eligible.is_empty() {
             let unmet = table.is_requirement_unmet();
@@ -211,8 +244,8 @@ impl Selector {
                 return self.last_resort(&mut view);
             };
             let live = &table.candidate(index).live;
-            if verdict != Verdict::Probe || live.claim_probe(now) {
-                return Ok(Selection { index, open: live.open_flow(), side: 0 });
+            if verdict != Verdict::Probe || !claims || live.claim_probe(now) {
+                return Ok(index);
             }
             view.full = 0;
         }
@@ -282,7 +315,7 @@ impl Selector {
     }
 
     /// Any of those that are paused.
-    fn last_resort(&mut self, view: &mut View<'_>) -> Result<Selection, NoBackend> {
+    fn last_resort(&mut self, view: &mut View<'_>) -> Result<BackendIndex, NoBackend> {
         let mut chosen = None;
         let mut seen = 0;
         for &index in view.table.eligible() {
@@ -296,7 +329,7 @@ impl Selector {
             }
         }
         match chosen {
-            Some(index) => Ok(Selection { index, open: view.table.backend(index).live.open_flow(), side: 0 }),
+            Some(index) => Ok(index),
             None if view.full > 0 => Err(NoBackend::AllFull),
             None => Err(NoBackend::AllFailed),
         }

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use crate::Decision;
+
 /// Upper bounds, in seconds, of the buckets of connect times. From a loopback connect to the longest connect timeout
 /// anyone should wait for.
 pub const CONNECT_SECONDS: [f64; 15] =
@@ -147,6 +149,8 @@ pub struct EngineSnapshot {
     pub spliced_bytes: u64,
     /// Completions that came when the completion queue was full (the kernel keeps them; the queue is too small).
     pub completion_overflows: u64,
+    /// Selections that ignored ejections because most were ejected.
+    pub ejections_ignored: u64,
 }
 
 /// How control looks at the dataplane without knowing it.
@@ -155,6 +159,10 @@ pub trait DataplaneView: Send + Sync {
     fn listeners(&self) -> Vec<ListenerSnapshot>;
     /// The engine.
     fn engine(&self) -> EngineSnapshot;
+    /// The newest selections, newest first, at most so many. Those by large tables are kept in smaller number.
+    fn decisions(&self, last: usize) -> Vec<Decision>;
+    /// The sampled selections since the last call, oldest first, and how many of them found no room and are lost.
+    fn take_sampled_decisions(&self) -> (Vec<Decision>, u64);
 }
 
 #[cfg(test)]

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use allocation::ResourceId;
 use api::v1;
 use api::v1::admin_service_server::AdminService;
-use registry::{Candidate, Explanation, PoolStatus, ResourceState, UnknownPool, UnknownResource};
+use registry::{PoolStatus, ResourceState, ShareError, SplitBy, UnknownPool, UnknownResource};
 use tonic::{Request, Response, Status};
 
-use crate::parse;
+use crate::explain;
+use crate::parse::{self, MessageError};
 use crate::registration::invalid;
 use crate::{Pool, Shared};
 
@@ -73,47 +74,83 @@ impl AdminService for Admin {
         &self,
         request: Request<v1::ExplainRequest>,
     ) -> Result<Response<v1::ExplainResponse>, Status> {
-        let pool = parse::pool_name(&request.into_inner().pool).map_err(invalid)?;
-        let shared = &self.shared;
-        let explanation = shared.registry.explain(&pool, shared.clock.now()).map_err(unknown_pool)?;
-        Ok(Response::new(wire_explanation(&explanation)))
+        let question = explain::Question::parse(request.into_inner()).map_err(invalid)?;
+        explain::answer(&self.shared, &question).map(Response::new)
     }
 
     async fn set_capabilities(
         &self,
-        _request: Request<v1::SetCapabilitiesRequest>,
+        request: Request<v1::SetCapabilitiesRequest>,
     ) -> Result<Response<v1::SetCapabilitiesResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        let request = request.into_inner();
+        let id = parse::resource_id(&request.id).map_err(invalid)?;
+        let labels = registry::parse_labels(request.labels.into_iter().collect())
+            .map_err(|error| invalid(MessageError::Labels(error)))?;
+        let set = self.shared.registry.set_capabilities(&id, &labels, &request.remove);
+        let (labels, joined) = set.map_err(|error| Status::resource_exhausted(error.to_string()))?;
+        self.shared.changed.notify_one();
+        tracing::info!(resource = %id, ?labels, joined, "an operator set capabilities");
+        Ok(Response::new(v1::SetCapabilitiesResponse { labels: labels.into_iter().collect(), joined }))
     }
 
     async fn list_capabilities(
         &self,
-        _request: Request<v1::ListCapabilitiesRequest>,
+        request: Request<v1::ListCapabilitiesRequest>,
     ) -> Result<Response<v1::ListCapabilitiesResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        let v1::ListCapabilitiesRequest {} = request.into_inner();
+        let wire = |(id, labels, joined): (ResourceId, registry::Labels, bool)| v1::Capabilities {
+            id: id.to_string(),
+            labels: labels.into_iter().collect(),
+            joined,
+        };
+        let capabilities = self.shared.registry.capabilities().into_iter().map(wire).collect();
+        Ok(Response::new(v1::ListCapabilitiesResponse { capabilities }))
     }
 
     async fn list_versions(
         &self,
-        _request: Request<v1::ListVersionsRequest>,
+        request: Request<v1::ListVersionsRequest>,
     ) -> Result<Response<v1::ListVersionsResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        let name = parse::pool_name(&request.into_inner().pool).map_err(invalid)?;
+        let shared = &self.shared;
+        let versions = shared.registry.versions(&name, shared.clock.now()).map_err(unknown_pool)?;
+        let split = shared.pools.iter().find(|pool| pool.config.name == name);
+        let by = split.and_then(|pool| pool.config.split.as_ref()).map(|split| match split.by() {
+            SplitBy::Share => "share",
+            SplitBy::Client => "client",
+        });
+        Ok(Response::new(v1::ListVersionsResponse {
+            pool: name.to_string(),
+            by: by.unwrap_or_default().to_owned(),
+            versions: versions.iter().map(parse::version_status).collect(),
+        }))
     }
 
     async fn set_version_share(
         &self,
-        _request: Request<v1::SetVersionShareRequest>,
+        request: Request<v1::SetVersionShareRequest>,
     ) -> Result<Response<v1::SetVersionShareResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        let v1::SetVersionShareRequest { pool, version, share } = request.into_inner();
+        let name = parse::pool_name(&pool).map_err(invalid)?;
+        let set = self.shared.registry.set_version_share(&name, &version, share as f32);
+        set.map_err(|error| match error {
+            ShareError::UnknownPool(error) => unknown_pool(error),
+            ShareError::NotSplit => Status::failed_precondition(error.to_string()),
+            ShareError::Split(_) => Status::invalid_argument(error.to_string()),
+        })?;
+        self.shared.changed.notify_one();
+        tracing::info!(pool = %name, version, share, "an operator set a version's share of new flows");
+        Ok(Response::new(v1::SetVersionShareResponse {}))
     }
 }
 
-fn unknown_pool(error: UnknownPool) -> Status {
+pub(crate) fn unknown_pool(error: UnknownPool) -> Status {
     Status::not_found(error.to_string())
 }
 
 fn wire_pool(status: &PoolStatus, pools: &[Pool]) -> v1::PoolStatus {
-    let listeners = pools.iter().find(|pool| pool.name == status.name).map(|pool| pool.listeners.clone());
+    let listeners =
+        pools.iter().find(|pool| pool.config.name == status.name).map(|pool| pool.listeners.clone());
     v1::PoolStatus {
         name: status.name.to_string(),
         policy: status.policy.to_string(),
@@ -125,41 +162,5 @@ fn wire_pool(status: &PoolStatus, pools: &[Pool]) -> v1::PoolStatus {
         flows_open: status.flows_open,
         guard: status.guard.map(|guard| guard.to_string()).unwrap_or_default(),
         listeners: listeners.unwrap_or_default(),
-    }
-}
-
-fn wire_explanation(explanation: &Explanation) -> v1::ExplainResponse {
-    v1::ExplainResponse {
-        pool: explanation.pool.to_string(),
-        policy: explanation.policy.to_string(),
-        generation: explanation.generation,
-        guard: explanation.guard.map(|guard| guard.to_string()).unwrap_or_default(),
-        candidates: explanation
-            .candidates
-            .iter()
-            .map(|candidate| wire_candidate(candidate, explanation.unit.name()))
-            .collect(),
-        ..v1::ExplainResponse::default()
-    }
-}
-
-fn wire_candidate(candidate: &Candidate, rate_unit: &str) -> v1::Candidate {
-    v1::Candidate {
-        id: candidate.id.to_string(),
-        address: candidate.address.to_string(),
-        state: parse::state(candidate.standing.state).into(),
-        left_out: candidate.left_out.map(|why| why.to_string()).unwrap_or_default(),
-        weight: candidate.standing.weight,
-        share: candidate.standing.share,
-        flows_open: u64::from(candidate.standing.flows_open),
-        cost: candidate.cost,
-        utilization_ewma: candidate.utilization_ewma,
-        rate_ewma: candidate.rate_ewma,
-        rate_unit: rate_unit.to_owned(),
-        report_age: candidate.report_age.map(parse::wire_duration),
-        slow_start: candidate.slow_start,
-        notes: candidate.notes.iter().map(ToString::to_string).collect(),
-        utilization: parse::ratios(candidate.utilization.as_deref()),
-        ..v1::Candidate::default()
     }
 }

@@ -15,20 +15,23 @@
 
 mod admin;
 mod clock;
+mod decision_log;
+mod explain;
 mod grpc;
 mod guarded;
 mod http;
 mod metrics;
 mod parse;
+mod prober;
 mod registration;
 mod tick;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use allocation::Publisher;
 use allocation::telemetry::DataplaneView;
-use allocation::{Policy, PoolName, Publisher};
 use registry::{ConfigError, Limits, PoolConfig, Registry};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, watch};
@@ -64,16 +67,21 @@ impl Phase {
 /// A pool, and where its tables go.
 #[derive(Debug, Clone)]
 pub struct Pool {
-    /// Its name.
-    pub name: PoolName,
-    /// How it selects.
-    pub policy: Policy,
-    /// Where its tables are published.
-    pub publisher: Publisher,
+    /// How it allocates.
+    pub config: PoolConfig,
+    /// Where its tables are published: one for the pool's own requirement, then one for each of [`PoolConfig::tables`].
+    pub publishers: Vec<Publisher>,
     /// The listeners that serve it, for people to read.
     pub listeners: Vec<String>,
-    /// Most flows at once of a resource that states no limit of its own; 0: none.
-    pub flows_max_default: u32,
+}
+
+/// Where the sample of selections is written, as JSON lines.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DecisionLog {
+    /// Standard output.
+    Stdout,
+    /// A file, appended to.
+    File(std::path::PathBuf),
 }
 
 /// What control is started with.
@@ -94,10 +102,10 @@ pub struct ControlConfig {
     pub dataplane: Arc<dyn DataplaneView>,
     /// The origin of the process's [`allocation::Timestamp`]s; the dataplane's must be the same.
     pub origin: Instant,
-    /// How long a resource that joins established ones takes to its full weight.
-    pub slow_start: Duration,
-    /// Most resources in one pool.
-    pub resources_max: usize,
+    /// Bounds of what is kept of resources.
+    pub limits: Limits,
+    /// Where the sample of selections goes that the dataplane takes; `None`: nowhere.
+    pub decision_log: Option<DecisionLog>,
 }
 
 /// Why control cannot start: the operator's to mend.
@@ -125,6 +133,14 @@ pub enum StartError {
     /// The pools are no pools.
     #[error(transparent)]
     Pools(#[from] ConfigError),
+    /// The decision log cannot be written.
+    #[error("decisions.log cannot be opened at {}: {source}", path.display())]
+    DecisionLog {
+        /// Where.
+        path: std::path::PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
 }
 
 fn bind_hint(error: &std::io::Error) -> &'static str {
@@ -153,6 +169,8 @@ struct Shared {
     registry: Registry,
     clock: Clock,
     pools: Vec<Pool>,
+    /// Draws for explanations: no flow follows from it.
+    selector: std::sync::Mutex<allocation::Selector>,
     balancer_id: String,
     /// Something changed that a table may follow from.
     changed: Notify,
@@ -169,6 +187,7 @@ pub struct Control {
     http: TcpListener,
     grpc_address: SocketAddr,
     http_address: SocketAddr,
+    decision_log: Option<decision_log::Writer>,
 }
 
 impl std::fmt::Debug for Control {
@@ -193,13 +212,13 @@ impl Control {
             );
         }
         let registry = Registry::new(registry::Config {
-            pools: config.pools.iter().map(pool_config).collect(),
-            limits: Limits { resources_max: config.resources_max },
-            slow_start: config.slow_start,
+            pools: config.pools.iter().map(|pool| pool.config.clone()).collect(),
+            limits: config.limits,
         })?;
+        let decision_log = config.decision_log.clone().map(decision_log::Writer::open).transpose()?;
         let (grpc, grpc_address) = bind("control.listen", config.listen).await?;
         let (http, http_address) = bind("http.listen", config.http).await?;
-        Ok(Self { config, registry, grpc, http, grpc_address, http_address })
+        Ok(Self { config, registry, grpc, http, grpc_address, http_address, decision_log })
     }
 
     /// Where gRPC is served, with the port that was really bound.
@@ -222,6 +241,7 @@ impl Control {
             registry: self.registry,
             clock: Clock::new(config.origin),
             pools: config.pools,
+            selector: std::sync::Mutex::new(allocation::Selector::new(0)),
             balancer_id: config.balancer_id,
             changed: Notify::new(),
             metrics: Metrics::new(&config.version),
@@ -230,15 +250,15 @@ impl Control {
         });
         let tick = tokio::spawn(tick::run(Arc::clone(&shared)));
         let http = tokio::spawn(http::serve(self.http, Arc::clone(&shared)));
+        let prober = tokio::spawn(prober::run(Arc::clone(&shared)));
+        let log =
+            self.decision_log.map(|writer| tokio::spawn(decision_log::run(writer, Arc::clone(&shared))));
         let served = grpc::serve(self.grpc, shared).await;
-        tick.abort();
-        http.abort();
+        for task in [tick, http, prober].into_iter().chain(log) {
+            task.abort();
+        }
         served
     }
-}
-
-fn pool_config(pool: &Pool) -> PoolConfig {
-    PoolConfig { name: pool.name.clone(), policy: pool.policy, flows_max_default: pool.flows_max_default }
 }
 
 async fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {

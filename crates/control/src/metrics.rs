@@ -9,7 +9,7 @@ mod text;
 use ::metrics::{Counter, counter, describe_counter, describe_gauge, gauge, with_local_recorder};
 use allocation::telemetry::{EngineSnapshot, HistogramSnapshot, ListenerSnapshot};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
-use registry::{PoolStatus, ResourceState, ResourceStatus};
+use registry::{PoolStatus, ResourceState, ResourceStatus, VersionStatus};
 
 use self::text::Text;
 use crate::Shared;
@@ -28,36 +28,81 @@ pub(crate) enum ReportResult {
 pub(crate) struct Metrics {
     recorder: PrometheusRecorder,
     handle: PrometheusHandle,
+    counters: Counters,
+    version: String,
+}
+
+/// What control counts itself.
+struct Counters {
     /// By [`ReportResult`].
     reports: [Counter; 3],
     registrations: Counter,
     expirations: Counter,
-    version: String,
+    version_aborts: Counter,
+    probes_sent: Counter,
+    probes_answered: Counter,
+    decisions_logged: Counter,
+    decisions_lost: Counter,
+}
+
+impl Counters {
+    /// In the recorder that is the local one now.
+    fn make() -> Self {
+        Self {
+            reports: ["accepted", "refused", "unknown"]
+                .map(|result| counter!("trimtab_reports_total", "source" => "push", "result" => result)),
+            registrations: counter!("trimtab_registrations_total"),
+            expirations: counter!("trimtab_leases_expired_total"),
+            version_aborts: counter!("trimtab_version_aborts_total"),
+            probes_sent: counter!("trimtab_probes_total", "result" => "sent"),
+            probes_answered: counter!("trimtab_probes_total", "result" => "answered"),
+            decisions_logged: counter!("trimtab_decisions_logged_total", "result" => "written"),
+            decisions_lost: counter!("trimtab_decisions_logged_total", "result" => "lost"),
+        }
+    }
 }
 
 impl Metrics {
     pub(crate) fn new(version: &str) -> Self {
         let recorder = PrometheusBuilder::new().build_recorder();
         let handle = recorder.handle();
-        let (reports, registrations, expirations) = with_local_recorder(&recorder, || {
+        let counters = with_local_recorder(&recorder, || {
             describe();
-            let reports = ["accepted", "refused", "unknown"]
-                .map(|result| counter!("trimtab_reports_total", "source" => "push", "result" => result));
-            (reports, counter!("trimtab_registrations_total"), counter!("trimtab_leases_expired_total"))
+            Counters::make()
         });
-        Self { recorder, handle, reports, registrations, expirations, version: version.to_owned() }
+        Self { recorder, handle, counters, version: version.to_owned() }
+    }
+
+    pub(crate) fn version_aborted(&self) {
+        self.counters.version_aborts.increment(1);
+    }
+
+    pub(crate) fn probe_sent(&self) {
+        self.counters.probes_sent.increment(1);
+    }
+
+    pub(crate) fn probe_answered(&self) {
+        self.counters.probes_answered.increment(1);
+    }
+
+    pub(crate) fn decisions_logged(&self, count: u64) {
+        self.counters.decisions_logged.increment(count);
+    }
+
+    pub(crate) fn decisions_lost(&self, count: u64) {
+        self.counters.decisions_lost.increment(count);
     }
 
     pub(crate) fn reported(&self, result: ReportResult) {
-        self.reports[result as usize].increment(1);
+        self.counters.reports[result as usize].increment(1);
     }
 
     pub(crate) fn registered(&self) {
-        self.registrations.increment(1);
+        self.counters.registrations.increment(1);
     }
 
     pub(crate) fn expired(&self) {
-        self.expirations.increment(1);
+        self.counters.expirations.increment(1);
     }
 
     /// The page.
@@ -71,8 +116,12 @@ impl Metrics {
             listeners.iter().for_each(observe_listener);
             pools.iter().for_each(observe_pool);
             observe_engine(&shared.dataplane.engine());
+            let (bytes, refused) = shared.registry.history_usage();
+            gauge!("trimtab_history_bytes").set(bytes as f64);
+            counter!("trimtab_history_samples_dropped_total").absolute(refused);
         });
         let mut text = Text::default();
+        write_versions(&mut text, shared, now);
         write_histograms(&mut text, &listeners);
         write_resources(&mut text, &resources);
         write_process(&mut text);
@@ -90,6 +139,26 @@ fn describe() {
     );
     describe_counter!("trimtab_registrations_total", "Registrations made; renewals are not counted.");
     describe_counter!("trimtab_leases_expired_total", "Registrations that ended because no report came.");
+    describe_counter!(
+        "trimtab_version_aborts_total",
+        "Versions whose share was taken from them for being worse."
+    );
+    describe_counter!("trimtab_probes_total", "Probes of the policy prequal.");
+    describe_counter!("trimtab_decisions_logged_total", "Sampled selections for the decision log.");
+    describe_counter!(
+        "trimtab_ejections_ignored_total",
+        "Selections that ignored ejections because most resources were ejected."
+    );
+    describe_gauge!("trimtab_guard_active", "Whether a guard of a pool holds now, by guard.");
+    describe_gauge!(
+        "trimtab_pool_balancers",
+        "Balancers that share a pool, by the reports of its resources."
+    );
+    describe_gauge!("trimtab_history_bytes", "Memory of the histories of all resources.");
+    describe_counter!(
+        "trimtab_history_samples_dropped_total",
+        "Samples that no history was begun for, because the bound is reached."
+    );
     describe_counter!("trimtab_flows_opened_total", "Flows accepted from clients.");
     describe_gauge!("trimtab_flows_open", "Flows open now.");
     describe_counter!("trimtab_flows_closed_total", "Flows ended, by reason.");
@@ -147,6 +216,11 @@ fn observe_pool(pool: &PoolStatus) {
     }
     gauge!("trimtab_table_generation", "pool" => name()).set(pool.generation as f64);
     gauge!("trimtab_weights_held", "pool" => name()).set(f64::from(u8::from(pool.guard.is_some())));
+    gauge!("trimtab_pool_balancers", "pool" => name()).set(pool.balancers);
+    for guard in &pool.guards {
+        let holds = f64::from(u8::from(guard.holds));
+        gauge!("trimtab_guard_active", "pool" => name(), "guard" => guard.name).set(holds);
+    }
 }
 
 fn observe_engine(engine: &EngineSnapshot) {
@@ -160,6 +234,73 @@ fn observe_engine(engine: &EngineSnapshot) {
     counter!("trimtab_buffer_waits_total").absolute(engine.buffer_waits);
     counter!("trimtab_spliced_bytes_total").absolute(engine.spliced_bytes);
     counter!("trimtab_completion_overflows_total").absolute(engine.completion_overflows);
+    counter!("trimtab_ejections_ignored_total").absolute(engine.ejections_ignored);
+}
+
+/// A family with one series for each version of a split pool.
+struct VersionFamily {
+    name: &'static str,
+    kind: &'static str,
+    help: &'static str,
+    value: fn(&VersionStatus) -> f64,
+}
+
+const VERSION_FAMILIES: [VersionFamily; 6] = [
+    VersionFamily {
+        name: "trimtab_version_share_ratio",
+        kind: "gauge",
+        help: "A version's share of its pool's new flows.",
+        value: |version| version.share,
+    },
+    VersionFamily {
+        name: "trimtab_version_aborted",
+        kind: "gauge",
+        help: "Whether a version's share was taken from it for being worse.",
+        value: |version| f64::from(u8::from(version.aborted.is_some())),
+    },
+    VersionFamily {
+        name: "trimtab_version_flows_opened_total",
+        kind: "counter",
+        help: "Flows opened to a version.",
+        value: |version| version.totals.flows_opened as f64,
+    },
+    VersionFamily {
+        name: "trimtab_version_connect_failures_total",
+        kind: "counter",
+        help: "Connects to a version that failed.",
+        value: |version| version.totals.connect_failures as f64,
+    },
+    VersionFamily {
+        name: "trimtab_version_resets_total",
+        kind: "counter",
+        help: "Flows that a version reset.",
+        value: |version| version.totals.resets as f64,
+    },
+    VersionFamily {
+        name: "trimtab_version_first_byte_seconds_total",
+        kind: "counter",
+        help: "Sum of the times to the first byte of a version's flows.",
+        value: |version| version.totals.first_byte_micros as f64 * 1e-6,
+    },
+];
+
+fn write_versions(text: &mut Text, shared: &Shared, now: allocation::Timestamp) {
+    let split = shared.pools.iter().filter(|pool| pool.config.split.is_some());
+    let versions: Vec<_> = split
+        .map(|pool| (pool.config.name.as_str(), shared.registry.versions(&pool.config.name, now)))
+        .collect();
+    if versions.is_empty() {
+        return;
+    }
+    for family in &VERSION_FAMILIES {
+        text.family(family.name, family.kind, family.help);
+        for (pool, versions) in &versions {
+            for version in versions.iter().flatten() {
+                let labels = [("pool", *pool), ("version", version.version.as_str())];
+                text.sample(family.name, &labels, (family.value)(version));
+            }
+        }
+    }
 }
 
 fn write_histograms(text: &mut Text, listeners: &[ListenerSnapshot]) {

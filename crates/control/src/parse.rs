@@ -5,8 +5,8 @@ use std::time::Duration;
 use allocation::{IdError, PoolName, ResourceId};
 use api::v1::{self, Readiness as WireReadiness};
 use registry::{
-    RawRegistration, RawUtilization, Readiness, Registration, RegistrationError, Report, ResourceState,
-    ResourceStatus, Standing, Utilization, UtilizationError,
+    LabelsError, RawRegistration, RawUtilization, Readiness, Registration, RegistrationError, Report,
+    ResourceState, ResourceStatus, Standing, Utilization, UtilizationError, VersionStatus,
 };
 
 /// Why a message was refused before the registry saw it. Always the fault of whoever sent it.
@@ -20,6 +20,12 @@ pub(crate) enum MessageError {
     Id(#[source] IdError),
     #[error("pool {0}")]
     Pool(#[source] IdError),
+    #[error("client {0:?} is not an IP address")]
+    Client(String),
+    #[error(transparent)]
+    Requirement(#[from] registry::RequirementError),
+    #[error("labels {0}")]
+    Labels(#[from] LabelsError),
     #[error(transparent)]
     Registration(#[from] RegistrationError),
 }
@@ -33,6 +39,8 @@ pub(crate) enum PayloadError {
     Readiness(i32),
     #[error(transparent)]
     Utilization(#[from] UtilizationError),
+    #[error("labels {0}")]
+    Labels(#[from] LabelsError),
 }
 
 pub(crate) fn registration(request: v1::RegisterRequest) -> Result<Registration, MessageError> {
@@ -48,6 +56,7 @@ pub(crate) fn registration(request: v1::RegisterRequest) -> Result<Registration,
         flows_max: resource.flows_max,
         weight: resource.weight,
         report_interval: interval.map_err(|_| MessageError::NegativeInterval)?,
+        probe_address: resource.probe_address,
     };
     Ok(Registration::parse(raw)?)
 }
@@ -80,7 +89,15 @@ pub(crate) fn report(id: &ResourceId, request: v1::ReportRequest) -> Result<Repo
         metrics: orca.named_metrics.into_iter().collect(),
     };
     let utilization = Utilization::parse(raw)?;
-    Ok(Report { id: id.clone(), incarnation: request.incarnation, readiness, utilization })
+    let labels = request.labels.map(|labels| registry::parse_labels(labels.entries.into_iter().collect()));
+    Ok(Report {
+        id: id.clone(),
+        incarnation: request.incarnation,
+        readiness,
+        utilization,
+        balancers: request.balancers,
+        labels: labels.transpose()?,
+    })
 }
 
 pub(crate) fn state(state: ResourceState) -> v1::ResourceState {
@@ -125,6 +142,35 @@ pub(crate) fn resource_status(status: &ResourceStatus) -> v1::ResourceStatus {
     }
 }
 
+/// A version beside the others. Negative: nothing to tell from.
+pub(crate) fn version_status(status: &VersionStatus) -> v1::VersionStatus {
+    let known = |value: Option<f64>| value.unwrap_or(-1.0);
+    let totals = &status.totals;
+    v1::VersionStatus {
+        version: status.version.clone(),
+        baseline: status.baseline,
+        share_wanted: status.share_wanted,
+        share: status.share,
+        aborted: status.aborted.clone().unwrap_or_default(),
+        resources: status.resources,
+        resources_ready: status.resources_ready,
+        flows_open: totals.flows_open,
+        flows_opened_total: totals.flows_opened,
+        connect_failures_total: totals.connect_failures,
+        resets_total: totals.resets,
+        bytes_to_client_total: totals.bytes_to_client,
+        bytes_to_backend_total: totals.bytes_to_backend,
+        connect_failure_ratio: known(status.connect_failure_ratio),
+        reset_ratio: known(status.reset_ratio),
+        connect_seconds: known(status.connect_seconds),
+        first_byte_seconds: known(status.first_byte_seconds),
+        utilization: known(status.utilization),
+        utilization_per_flow: known(status.utilization_per_flow),
+        worse_for: status.worse_for.map(wire_duration),
+        worse_by: status.worse_by.clone(),
+    }
+}
+
 fn wire_resource(registration: &Registration) -> v1::Resource {
     v1::Resource {
         id: registration.id().to_string(),
@@ -134,7 +180,7 @@ fn wire_resource(registration: &Registration) -> v1::Resource {
         version: registration.version().to_owned(),
         flows_max: registration.flows_max(),
         weight: f64::from(registration.weight()),
-        probe_address: String::new(),
+        probe_address: registration.probe_address().map(|address| address.to_string()).unwrap_or_default(),
     }
 }
 

@@ -35,6 +35,13 @@ fn step(shared: &Shared) {
         shared.metrics.expired();
     }
     for rebuilt in shared.registry.rebuild(now) {
-        shared.pools[rebuilt.pool].publisher.publish(rebuilt.table);
+        let publishers = &shared.pools[rebuilt.pool].publishers;
+        for (publisher, table) in publishers.iter().zip(rebuilt.tables) {
+            publisher.publish(table);
+        }
+    }
+    for (pool, version, why) in shared.registry.take_aborts() {
+        tracing::warn!(%pool, version, why, "the version is worse than the baseline: it gets no new flows");
+        shared.metrics.version_aborted();
     }
 }

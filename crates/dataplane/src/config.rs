@@ -21,6 +21,8 @@ pub struct Config {
     pub sources: Vec<IpAddr>,
     /// Why the engine was taken, for `trimtab_engine_info`: `configured` or `probed`.
     pub engine_reason: &'static str,
+    /// The part of selections that the decision log gets, 0 to 1; 0: there is none.
+    pub decision_sample: f64,
 }
 
 impl Config {
@@ -33,6 +35,7 @@ impl Config {
             timeouts: Timeouts::default(),
             sources: Vec::new(),
             engine_reason: "probed",
+            decision_sample: 0.0,
         }
     }
 }

@@ -29,6 +29,7 @@
 
 mod clock;
 mod config;
+mod decisions;
 mod listen;
 mod pipes;
 mod run;

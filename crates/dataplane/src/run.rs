@@ -179,7 +179,9 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
     }
     let stats = Stats {
         listeners: addresses.iter().copied().zip(config.listeners.iter().map(|l| l.pool.clone())).collect(),
-        workers: (0..workers).map(|_| Arc::new(WorkerStats::new(config.listeners.len()))).collect(),
+        workers: (0..workers)
+            .map(|_| Arc::new(WorkerStats::new(config.listeners.len(), config.decision_sample)))
+            .collect(),
         engine_reason: config.engine_reason,
         buffer_bytes: AtomicU64::new(0),
     };

@@ -4,11 +4,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use allocation::PoolName;
 use allocation::telemetry::{
     CONNECT_SECONDS, Counter, DataplaneView, EngineSnapshot, FLOW_SECONDS, Histogram, ListenerSnapshot,
 };
+use allocation::{Decision, PoolName};
 use flow::CloseReason;
+
+use crate::decisions::Decisions;
 
 /// Why a flow was refused at a bound. A closed set: each is a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,10 +23,12 @@ pub(crate) enum Shed {
     Ports,
     /// The kernel has no memory for sockets.
     Memory,
+    /// Somebody is ready, but nobody who meets what the listener requires.
+    Requirement,
 }
 
 impl Shed {
-    const ALL: [Self; 4] = [Self::Flows, Self::Descriptors, Self::Ports, Self::Memory];
+    const ALL: [Self; 5] = [Self::Flows, Self::Descriptors, Self::Ports, Self::Memory, Self::Requirement];
 
     const fn label(self) -> &'static str {
         match self {
@@ -32,6 +36,7 @@ impl Shed {
             Self::Descriptors => "descriptors",
             Self::Ports => "ports",
             Self::Memory => "memory",
+            Self::Requirement => "requirement",
         }
     }
 }
@@ -88,11 +93,15 @@ pub(crate) struct WorkerStats {
     pub(crate) buffer_waits: Counter,
     pub(crate) spliced_bytes: Counter,
     pub(crate) completion_overflows: Counter,
+    pub(crate) ejections_ignored: Counter,
+    pub(crate) decisions: Decisions,
 }
 
 impl WorkerStats {
-    pub(crate) fn new(listeners: usize) -> Self {
+    pub(crate) fn new(listeners: usize, decision_sample: f64) -> Self {
         Self {
+            ejections_ignored: Counter::default(),
+            decisions: Decisions::new(decision_sample),
             listeners: (0..listeners).map(|_| ListenerStats::new()).collect(),
             buffers: Counter::default(),
             buffers_in_use: Counter::default(),
@@ -168,6 +177,26 @@ impl DataplaneView for Stats {
             buffer_waits: self.sum(|w| w.buffer_waits.read()),
             spliced_bytes: self.sum(|w| w.spliced_bytes.read()),
             completion_overflows: self.sum(|w| w.completion_overflows.read()),
+            ejections_ignored: self.sum(|w| w.ejections_ignored.read()),
         }
+    }
+
+    fn decisions(&self, last: usize) -> Vec<Decision> {
+        let mut all: Vec<Decision> =
+            self.workers.iter().flat_map(|worker| worker.decisions.newest()).collect();
+        all.sort_by_key(|decision| std::cmp::Reverse(decision.at));
+        all.truncate(last);
+        all
+    }
+
+    fn take_sampled_decisions(&self) -> (Vec<Decision>, u64) {
+        let mut all = (Vec::new(), 0);
+        for worker in &self.workers {
+            let (decisions, lost) = worker.decisions.take_sampled();
+            all.0.extend(decisions);
+            all.1 += lost;
+        }
+        all.0.sort_by_key(|decision| decision.at);
+        all
     }
 }

@@ -17,8 +17,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use allocation::{
-    AllocationTable, BackendIndex, ConnectFailure, Excluded, LiveFacts, OpenFlow, Reader, Selection,
-    Selector, Timestamp,
+    AllocationTable, BackendIndex, ConnectFailure, Decision, Excluded, FlowKey, LiveFacts, NoBackend,
+    OpenFlow, Reader, Selection, Selector, Timestamp,
 };
 use flow::{
     BufferId, Chunk, Chunks, CloseReason, Flow, Input, Output, Outputs, RecvEnd, Shot, Side, TimerWheel,
@@ -50,6 +50,8 @@ const SHARED_MAX: u32 = 1_024;
 const BUFFERS_MORE: u32 = 64;
 /// Submissions that are queued before they must be handed over within a batch.
 const SUBMISSIONS: u32 = 1_024;
+/// Bytes that a flow moves before they are added to its backend's count: that one is shared by all workers.
+const MOVED_AT_MOST: u32 = 1 << 20;
 /// How long accepting rests when the process is out of descriptors or the kernel out of memory.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 
@@ -139,7 +141,16 @@ struct FlowSlot {
     /// What the timer is armed for; the flow's own deadline may have moved on since.
     armed_for: Timestamp,
     accepted_micros: u64,
-    connect_micros: u64,
+    /// When the connect began; from then on, when the backend was last given reason to answer for the first time.
+    asked_micros: u64,
+    /// Bytes delivered that its backend's count does not have yet.
+    moved: Moved,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Moved {
+    to_client: u32,
+    to_backend: u32,
 }
 
 /// Whether Nagle's algorithm is off towards the backend.
@@ -252,6 +263,7 @@ impl Worker {
         self.stats.buffers.set(u64::from(both(BufferPool::buffers)));
         self.stats.buffers_in_use.set(u64::from(both(BufferPool::held)));
         self.stats.enters.set(self.ring.enters());
+        self.stats.ejections_ignored.set(self.selector.panics());
         self.stats.completion_overflows.set(u64::from(self.ring.completion_overflows()));
     }
 
@@ -336,7 +348,11 @@ impl Worker {
             && !slot.answered
         {
             slot.answered = true;
-            slot.open.iter().for_each(OpenFlow::answered);
+            if let Some(open) = &slot.open {
+                open.answered();
+                let took = self.now.micros.saturating_sub(slot.asked_micros);
+                open.first_byte_took(took, self.now.timestamp());
+            }
         }
     }
 
@@ -348,12 +364,23 @@ impl Worker {
         Some(Input::Sent { to, bytes: result as u32 })
     }
 
-    fn count_bytes(&self, index: u32, to: Side, bytes: u64) {
-        if let Some(stats) = self.listener_stats(index) {
-            match to {
-                Side::Client => stats.bytes_to_client.add(bytes),
-                Side::Backend => stats.bytes_to_backend.add(bytes),
+    fn count_bytes(&mut self, index: u32, to: Side, bytes: u64) {
+        let Some(slot) = self.flows.get_mut(index) else { return };
+        let stats = &self.stats.listeners[usize::from(slot.listener)];
+        // No completion and no splice is of 4 GiB.
+        let moved = u32::try_from(bytes).unwrap_or(u32::MAX);
+        match to {
+            Side::Client => {
+                stats.bytes_to_client.add(bytes);
+                slot.moved.to_client = slot.moved.to_client.saturating_add(moved);
             }
+            Side::Backend => {
+                stats.bytes_to_backend.add(bytes);
+                slot.moved.to_backend = slot.moved.to_backend.saturating_add(moved);
+            }
+        }
+        if slot.moved.to_client.max(slot.moved.to_backend) >= MOVED_AT_MOST {
+            slot.hand_over_moved();
         }
     }
 
@@ -366,8 +393,13 @@ impl Worker {
             return None;
         }
         if result == 0 {
-            stats.connect_seconds.record(now.micros - slot.connect_micros);
-            slot.open.iter().for_each(OpenFlow::connected);
+            let took = now.micros - slot.asked_micros;
+            stats.connect_seconds.record(took);
+            if let Some(open) = &slot.open {
+                open.connected();
+                open.connect_took(took);
+            }
+            slot.asked_micros = now.micros;
             slot.tried = Vec::new();
             slot.local_failure = None;
             return Some(Input::Connected);
@@ -513,7 +545,10 @@ impl Worker {
     fn before_send_to_backend(&mut self, index: u32) {
         let Some(slot) = self.flows.get_mut(index) else { return };
         slot.nodelay = match (slot.nodelay, &slot.backend) {
-            (Nodelay::NothingSent, _) => Nodelay::SentOnce,
+            (Nodelay::NothingSent, _) => {
+                slot.asked_micros = self.now.micros;
+                Nodelay::SentOnce
+            }
             (Nodelay::SentOnce, Some(socket)) => {
                 // If it fails, the flow is slower and still right.
                 let _ = sockopt::set_tcp_nodelay(socket, true);
@@ -584,15 +619,27 @@ impl Worker {
         if let Some(failed) = slot.backend.take() {
             ring.close(failed)?;
         }
-        let table = listeners[usize::from(slot.listener)].table();
-        let selection = selector.select(table, &excluded(table, &slot.tried), now.timestamp());
-        let Ok(Selection { index: chosen, open }) = selection else {
-            self.followups.push_back(Input::NoBackend);
-            return Ok(());
+        let listener = slot.listener;
+        let table = Arc::clone(listeners[usize::from(listener)].table());
+        let tried = excluded(&table, &slot.tried);
+        let key = if table.wants_key() { client_key(slot.client.as_ref()) } else { FlowKey::from_bits(0) };
+        let selection = selector.select_for(&table, key, &tried, now.timestamp());
+        self.note(listener, &table, &tried, &selection);
+        let (chosen, open) = match selection {
+            Ok(Selection { index: chosen, open, .. }) => (chosen, open),
+            Err(why) => {
+                if why == NoBackend::RequirementUnmet {
+                    self.stats.listeners[usize::from(listener)].shed(Shed::Requirement);
+                }
+                self.followups.push_back(Input::NoBackend);
+                return Ok(());
+            }
         };
         let address = table.backend(chosen).address;
+        let asked_micros = self.now.micros;
+        let Some(slot) = self.flows.get_mut(index) else { return Ok(()) };
         slot.open = Some(open);
-        slot.connect_micros = now.micros;
+        slot.asked_micros = asked_micros;
         match self.backend_socket(&address) {
             Ok(socket) => {
                 if let Some(slot) = self.flows.get_mut(index) {
@@ -607,6 +654,32 @@ impl Worker {
                 Ok(())
             }
         }
+    }
+
+    /// Keeps the selection for whoever asks why.
+    fn note(
+        &self,
+        listener: u16,
+        table: &Arc<AllocationTable>,
+        tried: &Excluded,
+        selection: &Result<Selection, NoBackend>,
+    ) {
+        let (chosen, side) = match selection {
+            Ok(selection) => (Ok(selection.index), selection.side),
+            Err(why) => (Err(*why), 0),
+        };
+        let now = self.now.timestamp();
+        let looked_at = table.side(usize::from(side));
+        self.stats.decisions.note(|| Decision {
+            at: now,
+            worker: self.worker as u16,
+            listener,
+            table: Arc::clone(table),
+            side,
+            chosen,
+            tried: tried.count(),
+            looks: self.selector.looks(looked_at, chosen.ok(), tried, now),
+        });
     }
 
     fn shed_connecting(&mut self, index: u32, shed: Shed) {
@@ -695,11 +768,11 @@ impl Worker {
         }
         stats.closed(reason);
         stats.flow_seconds.record(now.micros - slot.accepted_micros);
+        slot.hand_over_moved();
         if let Some(open) = slot.open.take()
             && reason == CloseReason::BackendReset
-            && !slot.answered
         {
-            open.reset_before_answer(now.timestamp());
+            if slot.answered { open.reset_after_answer() } else { open.reset_before_answer(now.timestamp()) }
         }
         slot.tried = Vec::new();
         for pipe in slot.pipes.take().into_iter().flat_map(|pipes| *pipes).flatten() {
@@ -800,7 +873,8 @@ impl Worker {
             tried: Vec::new(),
             armed_for: Timestamp::NEVER,
             accepted_micros: self.now.micros,
-            connect_micros: self.now.micros,
+            asked_micros: self.now.micros,
+            moved: Moved::default(),
         });
         for output in outputs.drain(..) {
             self.perform(index, output)?;
@@ -942,6 +1016,14 @@ impl Listener {
 }
 
 impl FlowSlot {
+    /// Adds what was delivered to the backend's count.
+    fn hand_over_moved(&mut self) {
+        let Moved { to_client, to_backend } = std::mem::take(&mut self.moved);
+        if let Some(open) = self.open.as_ref().filter(|_| to_client | to_backend != 0) {
+            open.moved_bytes(u64::from(to_client), u64::from(to_backend));
+        }
+    }
+
     fn pipe(&mut self, from: Side) -> &mut Option<Pipe> {
         &mut self.pipes.get_or_insert_default()[from as usize]
     }
@@ -955,6 +1037,13 @@ impl FlowSlot {
         let pipe = self.pipes.as_mut().and_then(|pipes| pipes[from as usize].as_mut());
         (socket.as_ref().map(AsFd::as_fd), pipe)
     }
+}
+
+/// Who the client is. One whose connection is gone already is nobody in particular.
+fn client_key(client: Option<&OwnedFd>) -> FlowKey {
+    let address = client.and_then(|client| rustix::net::getpeername(client).ok().flatten());
+    let address = address.and_then(|address| SocketAddr::try_from(address).ok());
+    address.map_or(FlowKey::from_bits(0), |address| FlowKey::of_client(address.ip()))
 }
 
 /// The backends of this table that a flow has tried. Looked for by identity, because a table that was published between

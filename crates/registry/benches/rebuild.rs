@@ -50,8 +50,7 @@ fn main() {
 }
 
 fn registry_of(count: usize) -> Registry {
-    let pool =
-        PoolConfig { name: "sql".parse().expect("a name"), policy: Policy::Adaptive, flows_max_default: 0 };
+    let pool = PoolConfig::new("sql".parse().expect("a name"), Policy::Adaptive);
     let registry = Registry::new(Config { pools: vec![pool], ..Config::default() }).expect("one pool");
     for n in 0..count {
         let raw = RawRegistration {
@@ -83,5 +82,7 @@ fn report(n: usize, round: usize) -> Report {
         incarnation: 1,
         readiness: Readiness::Ready,
         utilization: Utilization::parse(raw).expect("valid"),
+        balancers: 1,
+        labels: None,
     }
 }

@@ -3,7 +3,7 @@
 //! A rebuild is a few passes over whole columns, four numbers at a time; rows of all numbers together would have each
 //! pass fetch what it does not need. Who wants one resource takes its [`Row`].
 
-use allocation::Timestamp;
+use allocation::{LeftOut, Timestamp};
 
 /// Makes [`Row`] and [`Columns`] of one list of fields.
 macro_rules! columns {
@@ -50,6 +50,16 @@ columns! {
     drained: bool,
     /// It has reported a rate of operations, now or before.
     carries_operations: bool,
+    /// Which of the pool's tables it may be in, by the requirements it meets: a bit each. Bit 0 is the pool's own.
+    tables: u64,
+    /// The side of the pool's split that its version is on.
+    side: u8,
+    /// To how many balancers it reports.
+    balancers: f32,
+    /// gRFC A58's weight of its newest report; 0: that said nothing.
+    reported_weight: f32,
+    /// Since when its reports have had such a weight; [`Timestamp::NEVER`]: the newest has none.
+    weighted_since: Timestamp,
     lease_until: Timestamp,
     joined: Timestamp,
     /// End of its slow start; the origin: it had none.
@@ -86,7 +96,23 @@ impl Columns {
 
     /// Says again whether the slot's resource may get flows.
     pub(crate) fn decide(&mut self, slot: usize) {
-        self.wanted[slot] = self.occupied[slot] && self.ready[slot] && !self.drained[slot];
+        let meets = self.tables[slot] & 1 == 1;
+        self.wanted[slot] = self.occupied[slot] && self.ready[slot] && !self.drained[slot] && meets;
+    }
+
+    /// Why the slot's resource is left out of a table, if it is.
+    pub(crate) fn left_out(&self, slot: usize, table: usize, now: Timestamp) -> LeftOut {
+        if self.drained[slot] {
+            LeftOut::Draining
+        } else if !self.ready[slot] {
+            LeftOut::NotReady
+        } else if self.lease_until[slot] <= now {
+            LeftOut::Expired
+        } else if self.tables[slot] >> table & self.tables[slot] & 1 == 0 {
+            LeftOut::Requirement
+        } else {
+            LeftOut::Not
+        }
     }
 }
 

@@ -17,30 +17,42 @@
 #![forbid(unsafe_code)]
 
 mod columns;
+mod config;
 pub mod criteria;
 pub mod history;
 mod labels;
+mod past;
 pub mod policy;
 mod pool;
 mod registration;
 mod registry;
 mod requirement;
+mod scores;
+mod sides;
 mod status;
 mod utilization;
+pub mod versions;
 
+pub use config::{CRITERIA_MAX, Config, ConfigError, Knobs, Limits, PoolConfig, TABLES_MAX};
 pub use criteria::{Criterion, CriterionError, Direction, Footprint};
 pub use history::{Aggregate, Answer, History};
 pub use labels::{LABEL_BYTES_MAX, LabelsError, effective_labels, parse_labels};
 pub use registration::{RawRegistration, Registration, RegistrationError};
 pub use registry::{
-    Config, ConfigError, DeregisterError, Limits, PoolConfig, Readiness, Rebuilt, RegisterError, Registered,
-    Registry, Report, ReportError, UnknownPool, UnknownResource,
+    CapabilityError, DeregisterError, ProbeTargets, Readiness, Rebuilt, RegisterError, Registered, Registry,
+    Report, ReportError, ShareError, UnknownPool, UnknownResource,
 };
 pub use requirement::{Requirement, RequirementError, Requirements, Test};
+pub use sides::VersionStatus;
 pub use status::{
-    Candidate, Explanation, LeftOut, Note, PoolStatus, ResourceState, ResourceStatus, Standing, StateCounts,
+    Candidate, CandidateScore, Explanation, GuardStatus, LeftOut, Note, PoolStatus, ResourceState,
+    ResourceStatus, Standing, StateCounts,
 };
 pub use utilization::{Field, KeyFault, RawUtilization, Utilization, UtilizationError};
+pub use versions::{AbortConfig, Judge, SplitBy, SplitConfig, SplitError};
+
+/// What a resource is and can do, by key.
+pub type Labels = std::collections::BTreeMap<String, String>;
 
 /// Most entries of a map that a resource sends: labels, dimensions, named metrics.
 pub const ENTRIES_MAX: usize = 64;

@@ -1,6 +1,6 @@
 //! Registry view to allocation table. Pure: rows and a moment in, weights out.
 //!
-//! `adaptive` gives each resource the weight `rate / utilization`, a ratio of two averages over the same time
+//! `adaptive` (and what `maglev` and `prequal` fall back on) gives each resource the weight `rate / utilization`, a ratio of two averages over the same time
 //! ([`AVERAGED_OVER`]): what it does for each unit of its capacity. (gRPC's weighted round robin, gRFC A58, does the
 //! same.) Taken plainly that ratio has two faults, because *we* decide the rate:
 //!
@@ -25,11 +25,11 @@
 //! Then: within 0.1 to 10 x the mean, at most x or / 1.5 a second, mean 1, slow start.
 
 use std::fmt;
-use std::sync::Arc;
 use std::time::Duration;
 
-use allocation::{AllocationTable, Members, Policy, Timestamp, WEIGHT_RATIO_MAX};
+use allocation::{Policy, Timestamp, WEIGHT_RATIO_MAX};
 
+use crate::Knobs;
 use crate::columns::{Columns, Row, tick};
 
 /// Time constant of the averages of rates and utilization.
@@ -64,6 +64,8 @@ const RATE_MIN: f64 = 1e-6;
 /// Flows opened a second, on average for each resource, from which that rate is used; below half of it, flows open is
 /// used again.
 const OPENED_RATE_MIN: f32 = 1.0;
+/// How fast `utilization` moves weights: the part of the difference in a second.
+const EVEN_OUT_PER_SECOND: f32 = 0.15;
 /// log2 distance from its target at which a weight has arrived: 1 %.
 const ARRIVED: f32 = 0.0144;
 
@@ -120,9 +122,13 @@ pub(crate) struct Sample {
     pub(crate) busy: f64,
     pub(crate) operations: Option<f64>,
     pub(crate) errors: f64,
+    /// An error for each operation counts as so much utilization.
+    pub(crate) error_penalty: f64,
     pub(crate) flows_opened: u64,
     pub(crate) fast_resets: u64,
     pub(crate) flows_open: u32,
+    /// Time to the first byte by our own measure, where there is any.
+    pub(crate) latency_seconds: Option<f64>,
 }
 
 /// The averages of one resource's reports.
@@ -177,16 +183,17 @@ impl Estimator {
         average(&mut self.utilization, sample.busy.min(10.0));
         (self.sampled, self.seeded) = (now, true);
         (self.flows_opened, self.fast_resets) = (sample.flows_opened, sample.fast_resets);
-        self.write(row);
+        self.write(sample.error_penalty, row);
     }
 
-    fn write(&self, row: &mut Row) {
+    fn write(&self, error_penalty: f64, row: &mut Row) {
         let log = |value: f64, least: f64| value.max(least).log2() as f32;
         let attempts = if self.operations > 0.0 { self.operations } else { self.opened };
-        // gRFC A58's error penalty of 1: who fails everything counts as fully busy on top.
+        // gRFC A58's error penalty; with 1, who fails everything counts as fully busy on top.
         let failed = if self.errors > 0.0 { (self.errors / attempts.max(self.errors)).min(1.0) } else { 0.0 };
-        row.utilization = (self.utilization + failed) as f32;
-        row.log_utilization = log(self.utilization + failed, UTILIZATION_MIN);
+        let utilization = self.utilization + failed * error_penalty;
+        row.utilization = utilization as f32;
+        row.log_utilization = log(utilization, UTILIZATION_MIN);
         (row.operations, row.log_operations) = (self.operations as f32, log(self.operations, RATE_MIN));
         (row.flows_opened, row.log_flows_opened) = (self.opened as f32, log(self.opened, RATE_MIN));
         (row.flows_open, row.log_flows_open) = (self.open as f32, log(self.open, RATE_MIN));
@@ -204,11 +211,13 @@ impl Row {
     }
 
     /// The part of its weight that it gets, while it starts.
-    pub(crate) fn slow_start(&self, window: Duration, now: Timestamp) -> f32 {
-        if now >= self.slow_until || window.is_zero() {
+    pub(crate) fn slow_start(&self, knobs: &Knobs, now: Timestamp) -> f32 {
+        if now >= self.slow_until || knobs.slow_start.is_zero() {
             return 1.0;
         }
-        (now.since(self.joined).as_secs_f32() / window.as_secs_f32()).clamp(SLOW_START_FLOOR, 1.0)
+        let part = now.since(self.joined).as_secs_f32() / knobs.slow_start.as_secs_f32();
+        // gRFC A100 and Envoy have the same formula.
+        part.powf(knobs.slow_start_aggression.recip()).clamp(SLOW_START_FLOOR, 1.0)
     }
 }
 
@@ -338,6 +347,16 @@ impl Leases {
 }
 
 impl Survey {
+    /// Of those who report, averaged.
+    pub(crate) fn mean_utilization(&self) -> f32 {
+        self.mean_utilization
+    }
+
+    /// How many ask for more than their share may grow.
+    pub(crate) fn growth_held(&self) -> u32 {
+        0
+    }
+
     /// `h`: how far a utilization is believed.
     pub(crate) fn utilization_belief(&self, utilization: f32) -> f32 {
         within((utilization.max(self.mean_utilization) - IDLE.0) / (IDLE.1 - IDLE.0), 0.0, 1.0)
@@ -384,62 +403,74 @@ pub(crate) struct Scratch {
     targets: Vec<f32>,
 }
 
-/// What [`allocate`] reads, and the columns whose weights it moves.
+/// What [`weigh`] reads, and the columns whose weights it moves.
 #[derive(Debug)]
 pub(crate) struct View<'a> {
     pub(crate) columns: &'a mut Columns,
     pub(crate) scratch: &'a mut Scratch,
-    /// One for each occupied slot, in their order.
-    pub(crate) members: &'a Arc<Members>,
     pub(crate) policy: Policy,
-    pub(crate) generation: u64,
+    pub(crate) knobs: &'a Knobs,
     pub(crate) unit: RateUnit,
     /// Where newcomers start, above their registered weight (as log2); from the last allocation.
     pub(crate) level: f32,
     /// When the pool was allocated last.
     pub(crate) before: Timestamp,
-    pub(crate) slow_start: Duration,
     /// Nobody starts slowly any more from then on.
     pub(crate) slow_until: Timestamp,
 }
 
-/// A table and what was found on the way.
+/// The weights of a pool and what was found on the way.
 #[derive(Debug)]
-pub(crate) struct Allocation {
-    pub(crate) table: AllocationTable,
+pub(crate) struct Weighed {
+    /// By slot; 0: gets no new flows. The mean of the others is 1.
+    pub(crate) weights: Vec<f32>,
     pub(crate) unit: RateUnit,
     pub(crate) level: f32,
-    /// Sum of all weights.
-    pub(crate) weights: f32,
+    /// How many have a weight, which is the sum of all.
+    pub(crate) eligible: f32,
+    pub(crate) guard: Option<Guard>,
+    /// How many balancers share the pool, by its resources' reports.
+    pub(crate) balancers: f32,
     /// Weights will go on moving without another report.
     pub(crate) moving: bool,
 }
 
-/// Weighs the resources and makes the pool's next table.
-pub(crate) fn allocate(view: View<'_>, leases: Leases) -> Allocation {
+/// Weighs the resources.
+pub(crate) fn weigh(view: View<'_>, leases: Leases) -> Weighed {
+    let View { columns, scratch: Scratch { masks, targets }, policy, knobs, .. } = view;
     let now = leases.now();
-    let Scratch { masks, targets } = view.scratch;
-    let survey = survey(view.columns, masks, view.unit, leases);
+    let survey = survey(columns, masks, view.unit, leases);
     let eligible = &masks.eligible;
-    let adaptive = view.policy == Policy::Adaptive;
+    let elapsed = now.since(view.before).min(STEP_TIME_MAX);
     let (mut moving, mut level) = (false, view.level);
-    let mut weights: Vec<f32>;
-    if adaptive {
-        let elapsed = now.since(view.before).min(STEP_TIME_MAX);
-        if survey.guard.is_none() {
-            survey.targets(view.columns, masks, targets);
-            (moving, level) = step(&mut view.columns.log_weight, targets, &masks.free, (level, elapsed));
+    let mut weights: Vec<f32> = match policy {
+        Policy::Adaptive | Policy::Maglev | Policy::Prequal => {
+            if survey.guard.is_none() {
+                survey.targets(columns, masks, targets);
+                (moving, level) = step(&mut columns.log_weight, targets, &masks.free, (level, elapsed));
+            }
+            learned(columns, masks, &survey, &mut level)
         }
-        level -= centre(&mut view.columns.log_weight, eligible, survey.eligible);
-        weights = view.columns.log_weight.iter().zip(eligible).map(|(log, mask)| exp2(*log) * mask).collect();
-        clamp_to_mean(&mut weights, survey.eligible);
-    } else {
-        weights = view.columns.registered.iter().zip(eligible).map(|(weight, mask)| weight * mask).collect();
-    }
-    if now < view.slow_until && matches!(view.policy, Policy::Adaptive | Policy::LeastConnections) {
+        Policy::Utilization => {
+            if survey.guard.is_none() {
+                moving = survey.even_out(columns, masks, elapsed);
+            }
+            learned(columns, masks, &survey, &mut level)
+        }
+        Policy::WeightedRoundRobin => {
+            moving = true;
+            by_newest_report(columns, eligible, knobs, now)
+        }
+        Policy::LeastConnections | Policy::P2c | Policy::PeakEwma | Policy::Criteria => {
+            columns.registered.iter().zip(eligible).map(|(weight, mask)| weight * mask).collect()
+        }
+        Policy::RoundRobin | Policy::Random | Policy::First => eligible.clone(),
+    };
+    let starts = !matches!(policy, Policy::RoundRobin | Policy::Random | Policy::First);
+    if now < view.slow_until && starts {
         moving = true;
         for (slot, weight) in weights.iter_mut().enumerate() {
-            *weight *= view.columns.row(slot).slow_start(view.slow_start, now);
+            *weight *= columns.row(slot).slow_start(knobs, now);
         }
     }
     let sum = sum_of(eligible, &weights);
@@ -447,13 +478,74 @@ pub(crate) fn allocate(view: View<'_>, leases: Leases) -> Allocation {
     for weight in &mut weights {
         *weight *= to_mean_one;
     }
-    view.columns.weight.copy_from_slice(&weights);
-    if view.members.backends().len() < weights.len() {
-        let mut occupied = view.columns.occupied.iter();
-        weights.retain(|_| occupied.next().is_some_and(|occupied| *occupied));
+    columns.weight.copy_from_slice(&weights);
+    let balancers =
+        if survey.eligible > 0.0 { sum_of(eligible, &columns.balancers) / survey.eligible } else { 1.0 };
+    Weighed {
+        weights,
+        unit: survey.unit,
+        level,
+        eligible: survey.eligible,
+        guard: survey.guard,
+        balancers,
+        moving,
     }
-    let table = AllocationTable::new(view.generation, view.policy, Arc::clone(view.members), weights);
-    Allocation { table, unit: survey.unit, level, weights: survey.eligible, moving }
+}
+
+/// The weights that were moved so far, around their mean and within their bounds.
+fn learned(columns: &mut Columns, masks: &Masks, survey: &Survey, level: &mut f32) -> Vec<f32> {
+    let eligible = &masks.eligible;
+    *level -= centre(&mut columns.log_weight, eligible, survey.eligible);
+    let mut weights: Vec<f32> =
+        columns.log_weight.iter().zip(eligible).map(|(log, mask)| exp2(*log) * mask).collect();
+    clamp_to_mean(&mut weights, survey.eligible);
+    weights
+}
+
+/// gRFC A58: rate / utilization of the newest report, while there is one; the mean of the others for whoever has none; all
+/// alike (by registered weight) where fewer than two have one.
+fn by_newest_report(columns: &Columns, eligible: &[f32], knobs: &Knobs, now: Timestamp) -> Vec<f32> {
+    let counts = |slot: usize| {
+        let (since, reported) = (columns.weighted_since[slot], columns.reported[slot]);
+        since != Timestamp::NEVER
+            && now.since(since) >= knobs.blackout
+            && now.since(reported) < knobs.weight_expiration
+    };
+    let mut weights: Vec<f32> = (0..columns.len())
+        .map(|slot| if counts(slot) { columns.reported_weight[slot] * eligible[slot] } else { 0.0 })
+        .collect();
+    let known = weights.iter().filter(|weight| **weight > 0.0).count();
+    if known < 2 {
+        return columns.registered.iter().zip(eligible).map(|(weight, mask)| weight * mask).collect();
+    }
+    let mean = total(&weights) / known as f32;
+    for (weight, eligible) in weights.iter_mut().zip(eligible) {
+        if *weight == 0.0 {
+            *weight = mean * eligible;
+        }
+    }
+    weights
+}
+
+impl Survey {
+    /// One step of the feedback of `utilization` (Dropbox's Robinhood has the same setpoint, the mean of the pool): who is
+    /// busier than the mean gets less, who is less busy gets more, until all are alike. Gives whether they are not yet.
+    ///
+    /// Utilization follows weight in proportion, so in logarithms this is an integrator around a gain of 1: the error falls
+    /// by [`EVEN_OUT_PER_SECOND`], slowly against the three seconds of the average and the second of a report.
+    fn even_out(&self, columns: &mut Columns, masks: &Masks, elapsed: Duration) -> bool {
+        let gain = EVEN_OUT_PER_SECOND * elapsed.as_secs_f32();
+        let most = STEP_PER_SECOND * elapsed.as_secs_f32();
+        let numbers = columns.log_utilization.iter().zip(&columns.utilization).zip(&masks.fresh);
+        let mut moving = false;
+        for (weight, ((log_utilization, utilization), fresh)) in columns.log_weight.iter_mut().zip(numbers) {
+            let busier = (log_utilization - self.log_mean_utilization) * fresh;
+            let believed = self.utilization_belief(*utilization) * busier;
+            moving |= believed.abs() > ARRIVED;
+            *weight -= within(gain * believed, -most, most);
+        }
+        moving
+    }
 }
 
 /// Moves the weights (as logarithms) towards their targets. Gives whether some have not arrived, and the level.

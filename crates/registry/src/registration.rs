@@ -9,7 +9,7 @@ use allocation::{IdError, PoolName, ResourceId};
 use crate::labels::{LABEL_BYTES_MAX, LabelsError, parse_labels};
 use crate::{ENTRIES_MAX, KeyFault};
 
-const VERSION_BYTES_MAX: usize = 64;
+pub(crate) const VERSION_BYTES_MAX: usize = 64;
 /// A registered weight further from 1 than this is a slip of the keyboard.
 const WEIGHT_MAX: f64 = 1000.0;
 const WEIGHT_MIN: f64 = 0.001;
@@ -42,6 +42,8 @@ pub struct RawRegistration {
     pub weight: f64,
     /// How often it will report; `None` stands for 1 s.
     pub report_interval: Option<Duration>,
+    /// Where it answers probes: `ip:port` or `[ip6]:port`; empty: nowhere.
+    pub probe_address: String,
 }
 
 /// A resource's registration. It can only be had from [`Registration::parse`], so every bound holds.
@@ -56,6 +58,7 @@ pub struct Registration {
     flows_max: u32,
     weight: f32,
     report_interval: Duration,
+    probe_address: Option<SocketAddr>,
 }
 
 /// Why a registration was refused. Always the fault of the resource that sent it (or of whoever configured it).
@@ -102,6 +105,17 @@ pub enum RegistrationError {
     /// The weight is not finite, negative, too small or too large.
     #[error("resource.weight is {0:?}; it takes {WEIGHT_MIN} to {WEIGHT_MAX} (0 stands for 1)")]
     Weight(f64),
+    /// The address for probes does not parse.
+    #[error("resource.probe_address is not an ip:port or [ip6]:port; leave it empty to get no probes")]
+    ProbeAddress,
+    /// It is of another host: a resource must not have others probed.
+    #[error("resource.probe_address {probe} is of another host than resource.address {address}")]
+    ProbeElsewhere {
+        /// Where it wants to be probed.
+        probe: SocketAddr,
+        /// Where it serves.
+        address: SocketAddr,
+    },
     /// The interval is out of its bounds.
     #[error("report_interval is {0:?}; it takes {INTERVAL_MIN:?} to {INTERVAL_MAX:?}")]
     ReportInterval(Duration),
@@ -128,6 +142,7 @@ impl Registration {
         if !(INTERVAL_MIN..=INTERVAL_MAX).contains(&report_interval) {
             return Err(RegistrationError::ReportInterval(report_interval));
         }
+        let probe_address = parse_probe_address(&raw.probe_address, address)?;
         Ok(Self {
             id,
             pool,
@@ -138,6 +153,7 @@ impl Registration {
             flows_max: raw.flows_max,
             weight: weight as f32,
             report_interval,
+            probe_address,
         })
     }
 
@@ -186,6 +202,11 @@ impl Registration {
         self.report_interval
     }
 
+    /// Where it answers probes, if it does.
+    pub fn probe_address(&self) -> Option<SocketAddr> {
+        self.probe_address
+    }
+
     /// How long it stays registered without a report.
     pub fn lease(&self) -> Duration {
         self.stale_after().max(LEASE_MIN)
@@ -195,6 +216,20 @@ impl Registration {
     pub fn stale_after(&self) -> Duration {
         self.report_interval * MISSED_MAX
     }
+}
+
+fn parse_probe_address(text: &str, address: SocketAddr) -> Result<Option<SocketAddr>, RegistrationError> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let probe: SocketAddr = text.parse().map_err(|_| RegistrationError::ProbeAddress)?;
+    if probe.port() == 0 {
+        return Err(RegistrationError::ProbeAddress);
+    }
+    if probe.ip().to_canonical() != address.ip().to_canonical() {
+        return Err(RegistrationError::ProbeElsewhere { probe, address });
+    }
+    Ok(Some(probe))
 }
 
 fn parse_address(text: &str) -> Result<SocketAddr, RegistrationError> {
@@ -259,6 +294,9 @@ mod tests {
         assert!(matches!(refused(|r| r.address = "[::]:5432".into()), E::AddressUnspecified(_)));
         assert!(matches!(refused(|r| r.address = "[::ffff:0.0.0.0]:5432".into()), E::AddressUnspecified(_)));
         assert!(matches!(refused(|r| r.address = "10.0.0.1:0".into()), E::PortZero(_)));
+        assert_eq!(refused(|r| r.probe_address = "10.0.0.1".into()), E::ProbeAddress);
+        let elsewhere = refused(|r| r.probe_address = "10.0.0.2:9".into());
+        assert!(matches!(elsewhere, E::ProbeElsewhere { .. }), "others must not be probed in its name");
         assert!(matches!(refused(|r| r.weight = f64::NAN), E::Weight(_)));
         assert!(matches!(refused(|r| r.weight = -1.0), E::Weight(_)));
         assert!(matches!(refused(|r| r.weight = 1000.1), E::Weight(_)));

@@ -1,68 +1,27 @@
 //! The registry: every resource by id, each in the slot of a pool.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use allocation::{AllocationTable, LiveFacts, Policy, PoolName, ResourceId, Timestamp, Verdict};
+use allocation::{
+    AllocationTable, Backend, BackendIndex, LiveFacts, PoolName, ResourceId, SharedProbePool, Timestamp,
+    Verdict,
+};
 use dashmap::{DashMap, Entry as Place};
 
 use crate::columns::Row;
+use crate::criteria::Criterion;
+use crate::past::CriterionState;
 use crate::policy::{self, Survey};
-use crate::pool::Pool;
+use crate::pool::{Member, Pool};
 use crate::{
-    Candidate, Explanation, LeftOut, Note, PoolStatus, Registration, ResourceState, ResourceStatus, Standing,
-    StateCounts, Utilization,
+    Candidate, CandidateScore, Config, ConfigError, ENTRIES_MAX, Explanation, GuardStatus, Labels, LeftOut,
+    Note, PoolStatus, Registration, ResourceState, ResourceStatus, Standing, StateCounts, Utilization,
+    VersionStatus, effective_labels,
 };
-
-/// A pool, by configuration.
-#[derive(Debug, Clone, PartialEq)]
-pub struct PoolConfig {
-    /// Its name.
-    pub name: PoolName,
-    /// How it selects.
-    pub policy: Policy,
-    /// Most flows at once of a resource that states no limit of its own; 0: none.
-    pub flows_max_default: u32,
-}
-
-/// Bounds of what the registry keeps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Most resources in one pool.
-    pub resources_max: usize,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self { resources_max: 10_000 }
-    }
-}
-
-/// What a registry is made with.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Config {
-    /// Every pool there will be.
-    pub pools: Vec<PoolConfig>,
-    /// Bounds.
-    pub limits: Limits,
-    /// How long a resource that joins established ones takes to its full weight.
-    pub slow_start: Duration,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self { pools: Vec::new(), limits: Limits::default(), slow_start: Duration::from_secs(10) }
-    }
-}
-
-/// Why there can be no such registry: the operator's fault.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ConfigError {
-    /// Two pools of one name.
-    #[error("there are two pools named {0}; names are unique")]
-    DuplicatePool(PoolName),
-}
 
 /// Whether a resource wants new flows, by its own report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -85,6 +44,10 @@ pub struct Report {
     pub readiness: Readiness,
     /// How busy it is.
     pub utilization: Utilization,
+    /// To how many balancers the resource reports, this one among them; 0 stands for 1.
+    pub balancers: u32,
+    /// All of its labels from now on; `None`: as they were.
+    pub labels: Option<Labels>,
 }
 
 /// A registration that was accepted.
@@ -184,6 +147,20 @@ pub struct UnknownPool {
     pub known: Vec<PoolName>,
 }
 
+/// Why a version's share was not set: the administrator's to mend.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum ShareError {
+    /// There is no such pool.
+    #[error(transparent)]
+    UnknownPool(#[from] UnknownPool),
+    /// The pool has no split.
+    #[error("the pool is not split between versions: give it [pool.split] in the configuration")]
+    NotSplit,
+    /// The split refuses it.
+    #[error(transparent)]
+    Split(#[from] crate::SplitError),
+}
+
 fn list(known: &[PoolName]) -> String {
     if known.is_empty() {
         return "there are none".to_owned();
@@ -192,24 +169,58 @@ fn list(known: &[PoolName]) -> String {
     format!("there are {}", names.join(", "))
 }
 
-/// A pool's next table, to be published.
+/// A pool's next tables, to be published.
 #[derive(Debug)]
 pub struct Rebuilt {
     /// The pool's place in [`Config::pools`].
     pub pool: usize,
-    /// The table.
-    pub table: AllocationTable,
+    /// One for each set of requirements: the pool's own, then [`PoolConfig::tables`] in their order.
+    pub tables: Vec<AllocationTable>,
+}
+
+/// Where the resources of a pool answer probes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProbeTargets {
+    /// Of the members that indexes mean.
+    pub epoch: u64,
+    /// Those that answer any.
+    pub addresses: Vec<(BackendIndex, SocketAddr)>,
+    /// Flows opened to all of the pool's resources that are registered now.
+    pub flows_opened: u64,
+}
+
+/// Why capabilities were not set: the administrator's to mend.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CapabilityError {
+    /// More labels than [`ENTRIES_MAX`].
+    #[error("the resource would have {count} labels set; it takes at most {ENTRIES_MAX}: remove some")]
+    Labels {
+        /// How many there would be.
+        count: usize,
+    },
+    /// A bound of ours.
+    #[error(
+        "labels are set for {max} resources, as many as the balancer keeps: remove those of resources that are gone"
+    )]
+    Resources {
+        /// How many.
+        max: usize,
+    },
 }
 
 /// A resource's entry; what a rebuild needs is in its pool.
 #[derive(Debug)]
-struct Entry {
-    registration: Arc<Registration>,
-    pool: usize,
-    slot: usize,
-    live: Arc<LiveFacts>,
-    utilization: Option<Arc<Utilization>>,
-    reports_refused: u64,
+pub(crate) struct Entry {
+    pub(crate) registration: Arc<Registration>,
+    /// Its own, by its registration or its newest report that had any.
+    own_labels: Labels,
+    /// In force: its own with an administrator's on top.
+    pub(crate) labels: Arc<Labels>,
+    pub(crate) pool: usize,
+    pub(crate) slot: usize,
+    pub(crate) live: Arc<LiveFacts>,
+    pub(crate) utilization: Option<Arc<Utilization>>,
+    pub(crate) reports_refused: u64,
 }
 
 /// All pools and all resources. Every method may be called from any thread.
@@ -218,14 +229,20 @@ pub struct Registry {
     config: Config,
     pools: Vec<Mutex<Pool>>,
     pools_by_name: HashMap<PoolName, usize>,
-    resources: DashMap<ResourceId, Entry>,
+    pub(crate) resources: DashMap<ResourceId, Entry>,
+    /// Labels that an administrator entered, whether the resource is here or not.
+    capabilities: Mutex<BTreeMap<ResourceId, Labels>>,
+    /// Bytes of history over all resources.
+    history_bytes: AtomicUsize,
+    /// Series that were not begun for want of room.
+    history_refused: AtomicU64,
 }
 
 impl Registry {
     /// A registry with these pools and nobody in them.
     ///
     /// # Errors
-    /// If two pools have one name.
+    /// See [`ConfigError`].
     pub fn new(config: Config) -> Result<Self, ConfigError> {
         let mut pools_by_name = HashMap::new();
         let mut pools = Vec::new();
@@ -233,9 +250,18 @@ impl Registry {
             if pools_by_name.insert(pool.name.clone(), index).is_some() {
                 return Err(ConfigError::DuplicatePool(pool.name.clone()));
             }
-            pools.push(Mutex::new(Pool::new(pool.policy, pool.flows_max_default, config.slow_start)));
+            pool.check()?;
+            pools.push(Mutex::new(Pool::new(pool.clone())));
         }
-        Ok(Self { config, pools, pools_by_name, resources: DashMap::new() })
+        Ok(Self {
+            config,
+            pools,
+            pools_by_name,
+            resources: DashMap::new(),
+            capabilities: Mutex::default(),
+            history_bytes: AtomicUsize::new(0),
+            history_refused: AtomicU64::new(0),
+        })
     }
 
     /// Joins a pool, or renews what is there.
@@ -287,22 +313,27 @@ impl Registry {
         drained: bool,
         now: Timestamp,
     ) -> Result<Entry, RegisterError> {
+        let labels = self.in_force(registration.id(), registration.labels());
         let mut pool = self.lock(index);
         let max = self.config.limits.resources_max;
         if pool.len() >= max {
             return Err(RegisterError::PoolFull { pool: registration.pool().clone(), max });
         }
-        let slot = pool.join(&registration, drained, now);
-        let live = Arc::clone(&pool.member(slot).backend.live);
-        Ok(Entry { registration, pool: index, slot, live, utilization: None, reports_refused: 0 })
+        let fit = pool.fit(&labels, registration.version());
+        let slot = pool.join(&registration, fit, drained, now);
+        Ok(entry(registration, labels, index, slot, &pool))
     }
 
     fn amend(&self, entry: &mut Entry, registration: Arc<Registration>, now: Timestamp) {
+        let labels = self.in_force(registration.id(), registration.labels());
         let mut pool = self.lock(entry.pool);
         if entry.registration == registration {
             pool.renew(entry.slot, registration.lease(), now);
         } else {
             pool.amend(entry.slot, &registration, now);
+            let fit = pool.fit(&labels, registration.version());
+            pool.refit(entry.slot, fit);
+            (entry.own_labels, entry.labels) = (registration.labels().clone(), labels);
             entry.registration = registration;
         }
     }
@@ -314,21 +345,98 @@ impl Registry {
         registration: Arc<Registration>,
         now: Timestamp,
     ) -> Result<(), RegisterError> {
+        let labels = self.in_force(registration.id(), registration.labels());
         let mut old = self.lock(entry.pool);
         let drained = old.columns.drained[entry.slot];
         if entry.pool == index {
-            old.replace(entry.slot, &registration, drained, now);
-            let live = Arc::clone(&old.member(entry.slot).backend.live);
-            let slot = entry.slot;
-            *entry = Entry { registration, pool: index, slot, live, utilization: None, reports_refused: 0 };
+            let fit = old.fit(&labels, registration.version());
+            self.forget(&old, entry.slot);
+            old.replace(entry.slot, &registration, fit, drained, now);
+            *entry = self::entry(registration, labels, index, entry.slot, &old);
             return Ok(());
         }
         drop(old);
         // Never two pools locked at once; the entry is ours all the while, so nobody sees it in neither or in both.
         let joined = self.join(index, registration, drained, now)?;
-        self.lock(entry.pool).leave(entry.slot);
+        self.leave(entry);
         *entry = joined;
         Ok(())
+    }
+
+    /// Gives an entry's slot back, and all that was kept in it.
+    fn leave(&self, entry: &Entry) {
+        let mut pool = self.lock(entry.pool);
+        self.forget(&pool, entry.slot);
+        pool.leave(entry.slot);
+    }
+
+    /// The slot's history is about to go.
+    fn forget(&self, pool: &Pool, slot: usize) {
+        self.history_bytes.fetch_sub(pool.member(slot).past.bytes(), Relaxed);
+    }
+
+    /// A resource's own labels with an administrator's on top.
+    fn in_force(&self, id: &ResourceId, own: &Labels) -> Arc<Labels> {
+        let capabilities = self.capabilities.lock().unwrap_or_else(PoisonError::into_inner);
+        match capabilities.get(id) {
+            Some(administrator) => Arc::new(effective_labels(own, administrator)),
+            None => Arc::new(own.clone()),
+        }
+    }
+
+    /// Sets labels of a resource, whether it has joined or not; they stand above its own from the next table on. Gives all
+    /// that are set, and whether it has joined.
+    ///
+    /// # Errors
+    /// See [`CapabilityError`]; nothing has changed then.
+    pub fn set_capabilities(
+        &self,
+        id: &ResourceId,
+        set: &Labels,
+        remove: &[String],
+    ) -> Result<(Labels, bool), CapabilityError> {
+        let mut entry = self.resources.get_mut(id);
+        let labels = {
+            let mut all = self.capabilities.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut labels = all.get(id).cloned().unwrap_or_default();
+            labels.retain(|key, _| !remove.contains(key));
+            labels.extend(set.iter().map(|(key, value)| (key.clone(), value.clone())));
+            if labels.len() > ENTRIES_MAX {
+                return Err(CapabilityError::Labels { count: labels.len() });
+            }
+            let max = self.config.limits.capabilities_max;
+            if labels.is_empty() {
+                all.remove(id);
+            } else if all.len() >= max && !all.contains_key(id) {
+                return Err(CapabilityError::Resources { max });
+            } else {
+                all.insert(id.clone(), labels.clone());
+            }
+            labels
+        };
+        if let Some(entry) = &mut entry {
+            self.refit(entry);
+        }
+        Ok((labels, entry.is_some()))
+    }
+
+    /// What an administrator entered, and whether the resource has joined; sorted by id.
+    pub fn capabilities(&self) -> Vec<(ResourceId, Labels, bool)> {
+        let all = self.capabilities.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        all.into_iter()
+            .map(|(id, labels)| {
+                let joined = self.resources.contains_key(&id);
+                (id, labels, joined)
+            })
+            .collect()
+    }
+
+    /// Puts a resource where its labels say.
+    fn refit(&self, entry: &mut Entry) {
+        entry.labels = self.in_force(entry.registration.id(), &entry.own_labels);
+        let mut pool = self.lock(entry.pool);
+        let fit = pool.fit(&entry.labels, entry.registration.version());
+        pool.refit(entry.slot, fit);
     }
 
     /// Records a report and renews the lease.
@@ -347,8 +455,18 @@ impl Registry {
                 given: report.incarnation,
             });
         }
+        if let Some(labels) = report.labels.as_ref().filter(|labels| **labels != entry.own_labels) {
+            entry.own_labels = labels.clone();
+            self.refit(&mut entry);
+        }
         let mut pool = self.lock(entry.pool);
-        pool.report(entry.slot, report.readiness == Readiness::Ready, &report.utilization, now);
+        let before = pool.member(entry.slot).past.bytes();
+        let room = self.history_bytes.load(Relaxed) < self.config.limits.history_bytes_max;
+        let refused = pool.report(entry.slot, &report, room, now);
+        if refused > 0 {
+            self.history_refused.fetch_add(refused, Relaxed);
+        }
+        self.history_bytes.fetch_add(pool.member(entry.slot).past.bytes().wrapping_sub(before), Relaxed);
         pool.renew(entry.slot, entry.registration.lease(), now);
         entry.utilization = Some(Arc::new(report.utilization));
         Ok(standing(&pool, &entry))
@@ -397,7 +515,7 @@ impl Registry {
         if incarnation < registered {
             return Err(DeregisterError::OlderIncarnation { id: id.clone(), registered, given: incarnation });
         }
-        self.lock(place.get().pool).leave(place.get().slot);
+        self.leave(place.get());
         place.remove();
         Ok(true)
     }
@@ -438,9 +556,9 @@ impl Registry {
             for id in ids {
                 // Between the two locks it may have reported or left: look again.
                 let Place::Occupied(place) = self.resources.entry(id) else { continue };
-                let mut pool = self.lock(place.get().pool);
-                if pool.columns.lease_until[place.get().slot] <= now {
-                    pool.leave(place.get().slot);
+                let over = self.lock(place.get().pool).columns.lease_until[place.get().slot] <= now;
+                if over {
+                    self.leave(place.get());
                     expired.push(place.remove().registration);
                 }
             }
@@ -451,7 +569,7 @@ impl Registry {
     /// The next table of every pool that has reason for one. Tables of a pool come in the order of their generations,
     /// so one caller must do all the rebuilding and publishing.
     pub fn rebuild(&self, now: Timestamp) -> Vec<Rebuilt> {
-        let rebuild = |pool: usize| self.lock(pool).rebuild(now).map(|table| Rebuilt { pool, table });
+        let rebuild = |pool: usize| self.lock(pool).rebuild(now).map(|tables| Rebuilt { pool, tables });
         (0..self.pools.len()).filter_map(rebuild).collect()
     }
 
@@ -517,6 +635,7 @@ impl Registry {
 
     fn pool_status(&self, index: usize, now: Timestamp) -> PoolStatus {
         let pool = self.lock(index);
+        let survey = pool.survey(now);
         let mut states = StateCounts::default();
         let mut flows_open = 0;
         for (slot, member) in pool.members.iter().enumerate() {
@@ -527,34 +646,93 @@ impl Registry {
         }
         PoolStatus {
             name: self.config.pools[index].name.clone(),
-            policy: pool.policy,
+            policy: pool.policy(),
             generation: pool.generation,
             states,
             flows_open,
-            guard: guard(&pool, &pool.survey(now)),
+            guard: guard(&pool, &survey),
+            guards: guards(&pool, &survey, now),
+            balancers: f64::from(pool.balancers),
         }
     }
 
-    /// Why the next flow of a pool would go where.
+    /// Why the next flow of a pool would go where, when it requires what the table (a place in [`Rebuilt::tables`]) is for.
     ///
     /// # Errors
     /// If there is no such pool.
-    pub fn explain(&self, name: &PoolName, now: Timestamp) -> Result<Explanation, UnknownPool> {
+    pub fn explain(&self, name: &PoolName, table: usize, now: Timestamp) -> Result<Explanation, UnknownPool> {
         let index = self.index(name)?;
-        let (survey, policy, generation, unit) = {
+        let (survey, policy, generation, unit, tables) = {
             let pool = self.lock(index);
-            (pool.survey(now), pool.policy, pool.generation, pool.unit)
+            (pool.survey(now), pool.policy(), pool.generation, pool.unit, pool.requirements.clone())
         };
         let of_pool = self.resources.iter().filter(|entry| entry.pool == index);
         let mut candidates: Vec<Candidate> =
-            of_pool.map(|entry| candidate(&self.lock(index), &entry, &survey, now)).collect();
+            of_pool.map(|entry| candidate(&self.lock(index), &entry, &survey, table, now)).collect();
         candidates.sort_by(|a, b| {
             let key = |c: &Candidate| (c.left_out.is_some(), c.cost);
             let ((out_a, cost_a), (out_b, cost_b)) = (key(a), key(b));
             out_a.cmp(&out_b).then(cost_a.total_cmp(&cost_b)).then_with(|| a.id.cmp(&b.id))
         });
-        let guard = guard(&self.lock(index), &survey);
-        Ok(Explanation { pool: name.clone(), policy, generation, guard, unit, candidates })
+        let pool = self.lock(index);
+        Ok(Explanation {
+            pool: name.clone(),
+            policy,
+            generation,
+            guard: guard(&pool, &survey),
+            unit,
+            candidates,
+            requires: tables.get(table).cloned().unwrap_or_default(),
+            tables,
+            guards: guards(&pool, &survey, now),
+            balancers: f64::from(pool.balancers),
+        })
+    }
+
+    /// The versions of a pool side by side; empty where it is not split.
+    ///
+    /// # Errors
+    /// If there is no such pool.
+    pub fn versions(&self, name: &PoolName, now: Timestamp) -> Result<Vec<VersionStatus>, UnknownPool> {
+        let pool = self.lock(self.index(name)?);
+        let versions = pool.versions.as_ref();
+        Ok(versions.map(|versions| versions.status(&pool.columns, &pool.members, now)).unwrap_or_default())
+    }
+
+    /// Sets a version's share of new flows (0 to 1), which also ends its abort.
+    ///
+    /// # Errors
+    /// See [`ShareError`]; nothing has changed then.
+    pub fn set_version_share(&self, name: &PoolName, version: &str, share: f32) -> Result<(), ShareError> {
+        let mut pool = self.lock(self.index(name)?);
+        pool.set_version_share(version, share)
+    }
+
+    /// Every version that was aborted since the last call: pool, version, why.
+    pub fn take_aborts(&self) -> Vec<(PoolName, String, String)> {
+        let mut all = Vec::new();
+        for (index, pool) in self.config.pools.iter().enumerate().filter(|(_, pool)| pool.split.is_some()) {
+            if let Some(versions) = &mut self.lock(index).versions {
+                let of_pool = |(version, why)| (pool.name.clone(), version, why);
+                all.extend(versions.take_aborts().into_iter().map(of_pool));
+            }
+        }
+        all
+    }
+
+    /// The probe answers of a pool whose policy is `prequal`, by the pool's place in [`Config::pools`].
+    pub fn probes(&self, pool: usize) -> Option<Arc<SharedProbePool>> {
+        self.pools.get(pool).and_then(|_| self.lock(pool).probes.clone())
+    }
+
+    /// Where the resources of such a pool answer probes; `None`: there is no such pool.
+    pub fn probe_targets(&self, pool: usize) -> Option<ProbeTargets> {
+        self.pools.get(pool).map(|_| self.lock(pool).probe_targets())
+    }
+
+    /// Memory of all histories, in bytes, and how many samples were not kept for want of room.
+    pub fn history_usage(&self) -> (usize, u64) {
+        (self.history_bytes.load(Relaxed), self.history_refused.load(Relaxed))
     }
 
     fn index(&self, name: &PoolName) -> Result<usize, UnknownPool> {
@@ -568,9 +746,95 @@ impl Registry {
     }
 }
 
-/// Reports move weights under `adaptive` alone, so nothing is held elsewhere.
+/// Where reports move no weights, nothing is held.
 fn guard(pool: &Pool, survey: &Survey) -> Option<policy::Guard> {
-    survey.guard.filter(|_| pool.policy == Policy::Adaptive)
+    survey.guard.filter(|_| pool.policy().learns())
+}
+
+/// Every guard of a pool, and what it sees.
+fn guards(pool: &Pool, survey: &Survey, now: Timestamp) -> Vec<GuardStatus> {
+    let mut seen = Seen::default();
+    for (slot, member) in pool.members.iter().enumerate() {
+        if let Some(member) = member.as_ref().filter(|_| pool.columns.wanted[slot]) {
+            seen.look(pool, slot, &member.backend, now);
+        }
+    }
+    let Seen { eligible, fresh, stale, ejected, resetting, starting } = seen;
+    let held = |wanted: policy::Guard| survey.guard == Some(wanted);
+    let utilization = survey.mean_utilization() * 100.0;
+    let saturated = policy::SATURATED_ABOVE * 100.0;
+    let status = |name, holds, detail| GuardStatus { name, holds, detail };
+    vec![
+        status(
+            "stale_reports",
+            held(policy::Guard::StaleReports),
+            format!(
+                "{fresh} of {} that ever reported do so lately; below half, weights are held and ejections ignored",
+                fresh + stale
+            ),
+        ),
+        status(
+            "fleet_saturated",
+            held(policy::Guard::FleetSaturated),
+            format!(
+                "mean utilization {utilization:.0}%; above {saturated:.0}%, weights are held and ejections ignored"
+            ),
+        ),
+        status(
+            "ejections_ignored",
+            survey.guard.is_some() || ejected * 2 > eligible,
+            format!(
+                "{ejected} of {eligible} are ejected after time-outs or resets; above half, all are tried again"
+            ),
+        ),
+        status(
+            "sinkhole",
+            resetting > 0,
+            format!(
+                "{resetting} of {eligible} reset flows before they answered; failures count as utilization, five in a \
+                 row eject"
+            ),
+        ),
+        status(
+            "slow_start",
+            starting > 0,
+            format!(
+                "{starting} of {eligible} have joined within {:?} and get a part of their weight",
+                pool.config.knobs.slow_start
+            ),
+        ),
+        status(
+            "share_growth",
+            survey.growth_held() > 0,
+            format!(
+                "{} of {eligible} ask for more than twice their registered share faster than it may grow",
+                survey.growth_held()
+            ),
+        ),
+    ]
+}
+
+#[derive(Default)]
+struct Seen {
+    eligible: usize,
+    fresh: usize,
+    stale: usize,
+    ejected: usize,
+    resetting: usize,
+    starting: usize,
+}
+
+impl Seen {
+    fn look(&mut self, pool: &Pool, slot: usize, backend: &Backend, now: Timestamp) {
+        let row = pool.columns.row(slot);
+        let stale = row.is_stale(now);
+        self.eligible += 1;
+        self.stale += usize::from(stale);
+        self.fresh += usize::from(!stale && row.reported != Timestamp::NEVER);
+        self.ejected += usize::from(backend.live.verdict(0, now) == Verdict::Ejected);
+        self.resetting += usize::from(backend.live.is_resetting());
+        self.starting += usize::from(row.slow_start(&pool.config.knobs, now) < 1.0);
+    }
 }
 
 fn state_of(row: &Row, live: &LiveFacts) -> ResourceState {
@@ -583,6 +847,12 @@ fn state_of(row: &Row, live: &LiveFacts) -> ResourceState {
     } else {
         ResourceState::Ready
     }
+}
+
+fn entry(registration: Arc<Registration>, labels: Arc<Labels>, pool: usize, slot: usize, of: &Pool) -> Entry {
+    let live = Arc::clone(&of.member(slot).backend.live);
+    let own_labels = registration.labels().clone();
+    Entry { registration, own_labels, labels, pool, slot, live, utilization: None, reports_refused: 0 }
 }
 
 fn standing(pool: &Pool, entry: &Entry) -> Standing {
@@ -613,41 +883,80 @@ fn resource_status(pool: &Pool, entry: &Entry, now: Timestamp) -> ResourceStatus
     }
 }
 
-fn candidate(pool: &Pool, entry: &Entry, survey: &Survey, now: Timestamp) -> Candidate {
+fn candidate(pool: &Pool, entry: &Entry, survey: &Survey, table: usize, now: Timestamp) -> Candidate {
     let row = &pool.columns.row(entry.slot);
     let standing = standing(pool, entry);
-    let flows_max = pool.member(entry.slot).backend.flows_max;
-    let left_out = if row.drained {
-        Some(LeftOut::Draining)
-    } else if !row.ready {
-        Some(LeftOut::NotReady)
-    } else if row.lease_until <= now {
-        Some(LeftOut::Expired)
-    } else {
-        match entry.live.verdict(flows_max, now) {
-            Verdict::Usable | Verdict::Probe => None,
-            Verdict::Paused => Some(LeftOut::Paused),
-            Verdict::Full => Some(LeftOut::Full { flows_max }),
-        }
-    };
+    let member = pool.member(entry.slot);
+    let cost = (f64::from(standing.flows_open) * f64::from(pool.balancers) + 1.0) / standing.weight;
+    let latency = entry.live.latency_micros(now);
     Candidate {
         id: entry.registration.id().clone(),
         address: entry.registration.address(),
-        cost: (f64::from(standing.flows_open) + 1.0) / standing.weight,
+        cost,
         standing,
-        left_out,
+        left_out: left_out(pool, entry, table, now),
         utilization_ewma: f64::from(row.utilization),
         rate_ewma: f64::from(row.rate(pool.unit)),
         report_age: report_age(row, now),
-        slow_start: f64::from(row.slow_start(pool.slow_start(), now)),
+        slow_start: f64::from(row.slow_start(&pool.config.knobs, now)),
         notes: notes(pool, row, survey, now),
         utilization: entry.utilization.clone(),
+        version: entry.registration.version().to_owned(),
+        side: pool.versions.as_ref().map(|versions| versions.name(usize::from(row.side)).to_owned()),
+        labels: Arc::clone(&entry.labels),
+        balancers: row.balancers as u32,
+        latency: latency.map(|micros| Duration::from_secs_f64(f64::from(micros.max(0.0)) * 1e-6)),
+        scores: candidate_scores(pool, member, now),
+        forecast: member.past.forecast(),
+    }
+}
+
+fn candidate_scores(pool: &Pool, member: &Member, now: Timestamp) -> Vec<CandidateScore> {
+    let states = pool.config.criteria.iter().zip(&member.past.criteria);
+    let score = |(criterion, state): (&Criterion, &CriterionState)| {
+        let value = state.sampled.map_or(f64::NAN, |sampled| sampled.value);
+        let flows = state.sampled.map_or(1.0, |sampled| sampled.flows.max(1.0));
+        CandidateScore {
+            criterion: criterion.to_string(),
+            value,
+            per_flow: f64::from(state.footprint.per_flow((value.abs() / flows) as f32)),
+            age: state.sampled.map(|sampled| now.since(sampled.at)),
+        }
+    };
+    states.map(score).collect()
+}
+
+fn left_out(pool: &Pool, entry: &Entry, table: usize, now: Timestamp) -> Option<LeftOut> {
+    let flows_max = pool.member(entry.slot).backend.flows_max;
+    match pool.columns.left_out(entry.slot, table, now) {
+        allocation::LeftOut::Draining => return Some(LeftOut::Draining),
+        allocation::LeftOut::NotReady => return Some(LeftOut::NotReady),
+        allocation::LeftOut::Expired => return Some(LeftOut::Expired),
+        allocation::LeftOut::Requirement => {
+            let requirements = &pool.requirements[table.min(pool.requirements.len() - 1)];
+            let unmet = requirements.unmet_by(&entry.labels, entry.registration.version());
+            let unmet = unmet.map_or_else(|| requirements.to_string(), ToString::to_string);
+            return Some(LeftOut::Requirement { unmet });
+        }
+        _ => {}
+    }
+    if let Some(versions) = &pool.versions {
+        let side = usize::from(pool.columns.side[entry.slot]);
+        if versions.share(side) <= 0.0 {
+            return Some(LeftOut::Aborted { version: versions.name(side).to_owned() });
+        }
+    }
+    match entry.live.verdict(flows_max, now) {
+        Verdict::Usable | Verdict::Probe => None,
+        Verdict::Paused => Some(LeftOut::Paused),
+        Verdict::Ejected => Some(LeftOut::Ejected),
+        Verdict::Full => Some(LeftOut::Full { flows_max }),
     }
 }
 
 fn notes(pool: &Pool, row: &Row, survey: &Survey, now: Timestamp) -> Vec<Note> {
     let mut notes = Vec::new();
-    if pool.policy != Policy::Adaptive {
+    if !pool.policy().learns() {
         notes.push(Note::Registered);
     } else if row.reported == Timestamp::NEVER {
         notes.push(Note::NeverReported);
@@ -658,7 +967,7 @@ fn notes(pool: &Pool, row: &Row, survey: &Survey, now: Timestamp) -> Vec<Note> {
     } else if survey.utilization_belief(row.utilization) == 0.0 {
         notes.push(Note::Idle);
     }
-    if row.slow_start(pool.slow_start(), now) < 1.0 {
+    if row.slow_start(&pool.config.knobs, now) < 1.0 {
         notes.push(Note::SlowStart);
     }
     notes

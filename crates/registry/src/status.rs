@@ -8,7 +8,7 @@ use std::time::Duration;
 use allocation::{Policy, PoolName, ResourceId};
 
 use crate::policy::{Guard, RateUnit};
-use crate::{Registration, Utilization};
+use crate::{Labels, Registration, Requirements, Utilization};
 
 /// Whether a resource gets new flows, and if not, why.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -109,10 +109,31 @@ pub struct PoolStatus {
     pub flows_open: u64,
     /// Why its weights are held, if they are.
     pub guard: Option<Guard>,
+    /// Every guard, whether it holds or not.
+    pub guards: Vec<GuardStatus>,
+    /// How many balancers share it, by the reports of its resources.
+    pub balancers: f64,
+}
+
+/// What keeps a pool from being led astray.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuardStatus {
+    /// Its name, one of [`GuardStatus::NAMES`].
+    pub name: &'static str,
+    /// Whether it does anything now.
+    pub holds: bool,
+    /// What it sees and what it does.
+    pub detail: String,
+}
+
+impl GuardStatus {
+    /// The names of all guards: label values of a metric.
+    pub const NAMES: [&'static str; 6] =
+        ["stale_reports", "fleet_saturated", "ejections_ignored", "sinkhole", "slow_start", "share_growth"];
 }
 
 /// Why a resource is not considered for the next flow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LeftOut {
     /// An operator drains it.
     Draining,
@@ -120,6 +141,18 @@ pub enum LeftOut {
     NotReady,
     /// Its lease is over.
     Expired,
+    /// It does not meet what the flow requires.
+    Requirement {
+        /// The first requirement that it does not meet.
+        unmet: String,
+    },
+    /// Its version's share of new flows is 0.
+    Aborted {
+        /// The version.
+        version: String,
+    },
+    /// It timed out or reset flows, and its pause is not over.
+    Ejected,
     /// Connecting to it failed, and its pause is not over.
     Paused,
     /// It has as many flows as it takes.
@@ -135,6 +168,9 @@ impl fmt::Display for LeftOut {
             Self::Draining => f.write_str("an operator drains it"),
             Self::NotReady => f.write_str("it reports that it is not ready"),
             Self::Expired => f.write_str("its lease is over: no report came in time"),
+            Self::Requirement { unmet } => write!(f, "it does not meet {unmet}"),
+            Self::Aborted { version } => write!(f, "version {version} has no share of new flows"),
+            Self::Ejected => f.write_str("it timed out or reset flows; it is left alone for a while"),
             Self::Paused => f.write_str("connecting to it failed; it is left alone for a while"),
             Self::Full { flows_max } => write!(f, "it has as many flows as it takes ({flows_max})"),
         }
@@ -196,6 +232,33 @@ pub struct Candidate {
     pub notes: Vec<Note>,
     /// Of its newest accepted report.
     pub utilization: Option<Arc<Utilization>>,
+    /// The version of what it serves.
+    pub version: String,
+    /// The side of the pool's split that it is on; `None`: the pool is not split.
+    pub side: Option<String>,
+    /// In force.
+    pub labels: Arc<Labels>,
+    /// To how many balancers it reports.
+    pub balancers: u32,
+    /// Peak-sensitive average of the time to its first byte; `None`: not measured.
+    pub latency: Option<Duration>,
+    /// By each of the pool's criteria.
+    pub scores: Vec<CandidateScore>,
+    /// How busy it will be, by the hours ahead on earlier days; `None`: nothing tells.
+    pub forecast: Option<f64>,
+}
+
+/// A candidate by one criterion.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CandidateScore {
+    /// As configured.
+    pub criterion: String,
+    /// As of its newest sample.
+    pub value: f64,
+    /// What one more flow adds, as far as was learned.
+    pub per_flow: f64,
+    /// Of its newest sample; `None`: there is none, and the mean of the others stands for it.
+    pub age: Option<Duration>,
 }
 
 /// Why the next flow of a pool would go where.
@@ -213,4 +276,12 @@ pub struct Explanation {
     pub unit: RateUnit,
     /// Cheapest first, then those left out.
     pub candidates: Vec<Candidate>,
+    /// What the flow requires.
+    pub requires: Requirements,
+    /// Every set of requirements that a table is kept for, in the order of the tables.
+    pub tables: Vec<Requirements>,
+    /// Every guard, whether it holds or not.
+    pub guards: Vec<GuardStatus>,
+    /// How many balancers share the pool, by the reports of its resources.
+    pub balancers: f64,
 }

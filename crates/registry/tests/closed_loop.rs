@@ -64,7 +64,7 @@ struct World {
 
 impl World {
     fn new(hosts: &[Host], seed: u64) -> Self {
-        let pool = PoolConfig { name: "p".parse().unwrap(), policy: Policy::Adaptive, flows_max_default: 0 };
+        let pool = PoolConfig::new("p".parse().unwrap(), Policy::Adaptive);
         let registry = Registry::new(Config { pools: vec![pool], ..Config::default() }).unwrap();
         for n in 0..hosts.len() {
             let raw = RawRegistration {
@@ -75,7 +75,7 @@ impl World {
             };
             registry.register(Registration::parse(raw).unwrap(), Timestamp::ZERO).unwrap();
         }
-        let table = registry.rebuild(Timestamp::ZERO).remove(0).table;
+        let table = registry.rebuild(Timestamp::ZERO).remove(0).tables.remove(0);
         let count = hosts.len();
         Self {
             hosts: hosts.to_vec(),
@@ -113,7 +113,7 @@ impl World {
                 }
             }
             for rebuilt in world.registry.rebuild(Timestamp::from_millis(now)) {
-                world.table = rebuilt.table;
+                world.table = rebuilt.tables.into_iter().next().unwrap();
             }
             if now % 1000 == 1000 - STEP_MS {
                 history.push(world.second());
@@ -175,6 +175,8 @@ impl World {
             incarnation: 0,
             readiness: Readiness::Ready,
             utilization: Utilization::parse(RawUtilization { cpu, ..RawUtilization::default() }).unwrap(),
+            balancers: 1,
+            labels: None,
         };
         self.registry.report(report, Timestamp::from_millis(now)).unwrap();
     }

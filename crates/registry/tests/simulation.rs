@@ -47,16 +47,10 @@ fn lease(interval: Duration) -> Duration {
 
 impl Simulation {
     fn new(seed: u64) -> Self {
-        let pools = POOLS
-            .iter()
-            .map(|(name, policy)| PoolConfig {
-                name: name.parse().unwrap(),
-                policy: *policy,
-                flows_max_default: 0,
-            })
-            .collect();
-        let limits = Limits { resources_max: RESOURCES_MAX };
-        let registry = Registry::new(Config { pools, limits, slow_start: Duration::from_secs(10) }).unwrap();
+        let pools =
+            POOLS.iter().map(|(name, policy)| PoolConfig::new(name.parse().unwrap(), *policy)).collect();
+        let limits = Limits { resources_max: RESOURCES_MAX, ..Limits::default() };
+        let registry = Registry::new(Config { pools, limits }).unwrap();
         Self {
             random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
             now: Timestamp::from_millis(1),
@@ -171,6 +165,8 @@ impl Simulation {
             incarnation,
             readiness,
             utilization: Utilization::parse(raw).unwrap(),
+            balancers: 1,
+            labels: None,
         };
         match (self.registry.report(report, self.now), self.model.get_mut(&id)) {
             (Err(ReportError::NotRegistered { .. }), None) => {}
@@ -282,9 +278,9 @@ impl Simulation {
         self.expire();
         for rebuilt in self.registry.rebuild(self.now) {
             let last = &self.tables[rebuilt.pool];
-            assert_eq!(rebuilt.table.generation(), last.generation() + 1, "generations grow by one");
-            self.check_table(rebuilt.pool, &rebuilt.table);
-            self.tables[rebuilt.pool] = rebuilt.table;
+            assert_eq!(rebuilt.tables[0].generation(), last.generation() + 1, "generations grow by one");
+            self.check_table(rebuilt.pool, &rebuilt.tables[0]);
+            self.tables[rebuilt.pool] = rebuilt.tables.into_iter().next().unwrap();
         }
     }
 
@@ -342,7 +338,7 @@ impl Simulation {
 
     fn check_explanations(&self) {
         for (pool, (name, _)) in POOLS.iter().enumerate() {
-            let explained = self.registry.explain(&name.parse().unwrap(), self.now).unwrap();
+            let explained = self.registry.explain(&name.parse().unwrap(), 0, self.now).unwrap();
             let in_pool = self.model.values().filter(|expected| expected.pool == pool).count();
             assert_eq!(explained.candidates.len(), in_pool);
             let considered =
@@ -404,13 +400,13 @@ fn a_new_incarnation_starts_with_new_facts() {
     let live_of =
         |table: &AllocationTable| -> Arc<LiveFacts> { Arc::clone(&table.members().backends()[0].live) };
     simulation.registry.register(register(1), simulation.now).unwrap();
-    let first = live_of(&simulation.registry.rebuild(simulation.now)[0].table);
+    let first = live_of(&simulation.registry.rebuild(simulation.now)[0].tables[0]);
     let flow = first.open_flow();
     first.open_flow().connect_failed(allocation::ConnectFailure::Refused, simulation.now);
     assert!(first.is_down());
     simulation.registry.register(register(2), simulation.now).unwrap();
     let later = simulation.now + Duration::from_millis(5);
-    let second = live_of(&simulation.registry.rebuild(later)[0].table);
+    let second = live_of(&simulation.registry.rebuild(later)[0].tables[0]);
     assert!(!Arc::ptr_eq(&first, &second) && !second.is_down(), "a dead process's failures do not stick");
     assert_eq!((first.flows_open(), second.flows_open()), (1, 0), "its open flows stay its own");
     drop(flow);

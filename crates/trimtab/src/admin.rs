@@ -8,19 +8,26 @@ use std::time::Duration;
 
 use api::v1::admin_service_client::AdminServiceClient;
 use api::v1::{
-    DrainRequest, ExplainRequest, ExplainResponse, ListPoolsRequest, ListResourcesRequest, ReadyRequest,
+    DrainRequest, ExplainRequest, ExplainResponse, ListCapabilitiesRequest, ListPoolsRequest,
+    ListResourcesRequest, ListVersionsRequest, ReadyRequest, SetCapabilitiesRequest, SetCapabilitiesResponse,
+    SetVersionShareRequest,
 };
 use serde::Serialize;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
-use crate::cli::{AdminArgs, ExplainArgs, Output, ResourceArgs, ResourcesArgs};
+use crate::cli::{
+    AdminArgs, CapabilitiesArgs, ExplainArgs, Output, ResourceArgs, ResourcesArgs, VersionsArgs,
+};
 use crate::failure::Failure;
 use crate::output::print;
 
 mod view;
 
-pub use view::{CandidateView, ExplainView, PoolView, ResourceView, StateView};
+pub use view::{
+    CandidateView, CapabilitiesView, DecisionView, ExplainView, GuardView, LeftOutView, LookView, PoolView,
+    ResourceView, ScoreView, StateView, VersionView, VersionsView,
+};
 
 /// A balancer on the other side of the world answers a connect in a third of it.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -76,11 +83,54 @@ impl Admin {
     ///
     /// # Errors
     /// When the balancer refuses or does not answer.
-    pub async fn explain(&mut self, pool: &str) -> Result<ExplainView, Failure> {
-        let answer =
-            self.client.explain(ExplainRequest { pool: pool.to_owned(), ..ExplainRequest::default() }).await;
+    pub async fn explain(&mut self, question: ExplainRequest) -> Result<ExplainView, Failure> {
+        let answer = self.client.explain(question).await;
         let explained: ExplainResponse = answer.map_err(|status| self.failure(&status))?.into_inner();
         Ok(explained.into())
+    }
+
+    /// The versions of a pool side by side.
+    ///
+    /// # Errors
+    /// When the balancer refuses or does not answer.
+    pub async fn versions(&mut self, pool: &str) -> Result<VersionsView, Failure> {
+        let answer = self.client.list_versions(ListVersionsRequest { pool: pool.to_owned() }).await;
+        Ok(answer.map_err(|status| self.failure(&status))?.into_inner().into())
+    }
+
+    /// Sets a version's share, 0 to 1.
+    ///
+    /// # Errors
+    /// When the balancer refuses or does not answer.
+    pub async fn set_version_share(&mut self, pool: &str, version: &str, share: f64) -> Result<(), Failure> {
+        let request = SetVersionShareRequest { pool: pool.to_owned(), version: version.to_owned(), share };
+        let answer = self.client.set_version_share(request).await;
+        answer.map_err(|status| self.failure(&status)).map(|_| ())
+    }
+
+    /// Capabilities that operators entered.
+    ///
+    /// # Errors
+    /// When the balancer refuses or does not answer.
+    pub async fn capabilities(&mut self) -> Result<Vec<CapabilitiesView>, Failure> {
+        let answer = self.client.list_capabilities(ListCapabilitiesRequest {}).await;
+        let all = answer.map_err(|status| self.failure(&status))?.into_inner().capabilities;
+        Ok(all.into_iter().map(CapabilitiesView::from).collect())
+    }
+
+    /// Sets capabilities of a resource; gives all that are set.
+    ///
+    /// # Errors
+    /// When the balancer refuses or does not answer.
+    pub async fn set_capabilities(
+        &mut self,
+        request: SetCapabilitiesRequest,
+    ) -> Result<CapabilitiesView, Failure> {
+        let id = request.id.clone();
+        let answer = self.client.set_capabilities(request).await;
+        let SetCapabilitiesResponse { labels, joined } =
+            answer.map_err(|status| self.failure(&status))?.into_inner();
+        Ok(CapabilitiesView { id, labels: labels.into_iter().collect(), joined })
     }
 
     /// Stops new flows to a resource; gives how many are open on it.
@@ -179,8 +229,52 @@ pub fn pools(args: &AdminArgs) -> Result<(), Failure> {
 /// # Errors
 /// When the balancer refuses or does not answer.
 pub fn explain(args: &ExplainArgs) -> Result<(), Failure> {
-    let explained = ask(async { Admin::connect(&args.admin.control).await?.explain(&args.pool).await })?;
+    let question = ExplainRequest {
+        pool: args.pool.clone(),
+        client: args.client.map(|client| client.to_string()).unwrap_or_default(),
+        requires: args.requires.clone(),
+        last: args.last,
+    };
+    let explained = ask(async { Admin::connect(&args.admin.control).await?.explain(question).await })?;
     show(args.admin.output, &explained, view::explain_text)
+}
+
+/// `trimtab versions POOL`.
+///
+/// # Errors
+/// When the balancer refuses or does not answer.
+pub fn versions(args: &VersionsArgs) -> Result<(), Failure> {
+    let versions = ask(async {
+        let mut admin = Admin::connect(&args.admin.control).await?;
+        if let Some((version, share)) = &args.set {
+            admin.set_version_share(&args.pool, version, *share).await?;
+        }
+        admin.versions(&args.pool).await
+    })?;
+    show(args.admin.output, &versions, view::versions_table)
+}
+
+/// `trimtab capabilities [ID [LABEL…]]`.
+///
+/// # Errors
+/// When the balancer refuses or does not answer.
+pub fn capabilities(args: &CapabilitiesArgs) -> Result<(), Failure> {
+    #[derive(Serialize)]
+    struct All {
+        capabilities: Vec<CapabilitiesView>,
+    }
+    let capabilities = ask(async {
+        let mut admin = Admin::connect(&args.admin.control).await?;
+        match &args.id {
+            None => admin.capabilities().await,
+            Some(id) => {
+                let labels = args.labels.iter().cloned().collect();
+                let request = SetCapabilitiesRequest { id: id.clone(), labels, remove: args.remove.clone() };
+                Ok(vec![admin.set_capabilities(request).await?])
+            }
+        }
+    })?;
+    show(args.admin.output, &All { capabilities }, |all| view::capabilities_table(&all.capabilities))
 }
 
 /// `trimtab drain ID`.

@@ -63,8 +63,12 @@ pub enum Command {
     Resources(ResourcesArgs),
     /// List the pools.
     Pools(AdminArgs),
-    /// Say why the next connection of a pool would go where.
+    /// Say why the next connection of a pool would go where, and why the last ones went where they went.
     Explain(ExplainArgs),
+    /// Compare the versions of a pool that is split between versions, or set one's share.
+    Versions(VersionsArgs),
+    /// List the capabilities that operators entered, or set them for a resource, whether it has joined or not.
+    Capabilities(CapabilitiesArgs),
     /// Give a resource no new connections; open ones end by themselves.
     Drain(ResourceArgs),
     /// End a drain.
@@ -85,7 +89,8 @@ pub struct ProxyArgs {
     /// Where to connect: IP:PORT. Repeat it for more.
     #[arg(long, required = true, value_name = "IP:PORT", value_parser = parse_backend)]
     pub to: Vec<SocketAddr>,
-    /// How a backend is chosen: adaptive, least-connections, round-robin, random.
+    /// How a backend is chosen: adaptive, least-connections, p2c, peak-ewma, weighted-round-robin, round-robin, random, first,
+    /// utilization, maglev. (Without reports, adaptive, weighted-round-robin and utilization know of no weights.)
     #[arg(long, default_value = "adaptive", value_parser = parse_policy)]
     pub policy: Policy,
     /// Worker threads; 0: one per core.
@@ -226,6 +231,44 @@ pub struct ResourcesArgs {
 pub struct ExplainArgs {
     /// The pool.
     pub pool: String,
+    /// For a connection of this client.
+    #[arg(long, value_name = "IP")]
+    pub client: Option<std::net::IpAddr>,
+    /// For a connection that requires this, as a listener of the pool does: role=writer, tls, version>=2. Repeat it for more.
+    #[arg(long, value_name = "REQUIREMENT")]
+    pub requires: Vec<String>,
+    /// Show so many of the last selections as well.
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=64))]
+    pub last: u32,
+    /// Whom to ask and how to print.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+/// `versions`.
+#[derive(Debug, Args)]
+pub struct VersionsArgs {
+    /// The pool.
+    pub pool: String,
+    /// Give a version this share of new connections: VERSION=PERCENT%. It also ends its abort.
+    #[arg(long, value_name = "VERSION=N%", value_parser = parse_share)]
+    pub set: Option<(String, f64)>,
+    /// Whom to ask and how to print.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+/// `capabilities`.
+#[derive(Debug, Args)]
+pub struct CapabilitiesArgs {
+    /// The resource, by its id; without one, all are listed.
+    pub id: Option<String>,
+    /// Labels to set, KEY or KEY=VALUE; KEY=false takes away one that the resource has by itself.
+    #[arg(value_parser = parse_label, requires = "id", value_name = "LABEL")]
+    pub labels: Vec<(String, String)>,
+    /// Labels that were set here and are to be removed again.
+    #[arg(long, value_name = "KEY", requires = "id")]
+    pub remove: Vec<String>,
     /// Whom to ask and how to print.
     #[command(flatten)]
     pub admin: AdminArgs,
@@ -271,6 +314,16 @@ pub struct DemoServiceArgs {
     /// Take `busy` and `calm` from stdin, and leave when it ends.
     #[arg(long)]
     pub with_parent: bool,
+}
+
+fn parse_share(text: &str) -> Result<(String, f64), Problem> {
+    let hint = "write VERSION=PERCENT%, as 2.0=10%";
+    let parsed = text.rsplit_once('=').and_then(|(version, percent)| {
+        let percent: f64 = percent.strip_suffix('%')?.parse().ok()?;
+        (!version.is_empty() && (0.0..=100.0).contains(&percent))
+            .then(|| (version.to_owned(), percent / 100.0))
+    });
+    parsed.ok_or_else(|| Problem::new(format!("{text:?} is not a version's share"), hint))
 }
 
 fn parse_zero_disables(text: &str) -> Result<ZeroDisables, Problem> {

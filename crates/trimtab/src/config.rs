@@ -13,13 +13,15 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use allocation::{Policy, PoolName};
+use registry::{PoolConfig, Requirements};
 use toml::Spanned;
 use toml::de::DeTable;
 
 use crate::problem::{Problem, nearest};
 use crate::units::{ListenAddress, parse_address, parse_duration};
-use reader::{Reader, Section, boolean, integer, text, texts};
+use reader::{Reader, Section, boolean, decimal, integer, text, texts};
 
+mod pool;
 mod reader;
 
 /// Where control listens unless told otherwise; the admin commands and agents look there too.
@@ -32,8 +34,6 @@ pub const DRAIN_TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);
 /// Top-level keys and policies of the design that this version does not have.
 const LATER_ROOT: [&str; 3] = ["store", "dns", "discovery"];
 const LATER_CONTROL: [&str; 2] = ["tls", "tokens"];
-const LATER_POLICIES: [&str; 8] =
-    ["p2c", "peak-ewma", "weighted-round-robin", "first", "utilization", "maglev", "prequal", "criteria"];
 /// What one buffer ring can hold.
 const BUFFERS_MAX: u64 = 32_768;
 /// A ring and a thread each; more than any machine has cores.
@@ -50,6 +50,8 @@ pub struct Config {
     pub http: EndpointConfig,
     /// Moving bytes.
     pub dataplane: DataplaneConfig,
+    /// A sample of selections, for later looks.
+    pub decisions: DecisionsConfig,
     /// At least one.
     pub pools: Vec<PoolConfig>,
     /// At least one, each of a pool in `pools`.
@@ -133,15 +135,13 @@ impl FromStr for Engine {
     }
 }
 
-/// `[[pool]]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PoolConfig {
-    /// Its name, unique.
-    pub name: PoolName,
-    /// How a resource is chosen for a flow.
-    pub policy: Policy,
-    /// Most flows at once to one resource, unless it says less itself; 0: no limit.
-    pub flows_max_per_resource: u32,
+/// `[decisions]`.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct DecisionsConfig {
+    /// Where the sample is written; `None`: nowhere.
+    pub log: Option<control::DecisionLog>,
+    /// The part of selections that is written, 0 to 1.
+    pub sample: f64,
 }
 
 /// `[[listener]]`.
@@ -151,6 +151,8 @@ pub struct ListenerConfig {
     pub bind: ListenAddress,
     /// Who gets them.
     pub pool: PoolName,
+    /// What a resource must meet beyond the pool's own requirement.
+    pub requires: Requirements,
 }
 
 /// One problem of a configuration file, with its place.
@@ -216,11 +218,20 @@ impl Config {
             read_endpoint(root.section("control"), CONTROL_LISTEN_DEFAULT, &LATER_CONTROL, &mut bound);
         let http = read_endpoint(root.section("http"), HTTP_LISTEN_DEFAULT, &["tls"], &mut bound);
         let dataplane = read_dataplane(root.section("dataplane"));
-        let pools = read_pools(&mut root);
+        let decisions = read_decisions(root.section("decisions"));
+        let pools = pool::read(&mut root);
         let known = pools.as_deref().filter(|_| !broken);
         let listeners = read_listeners(&mut root, known, &mut bound);
+        let both = pools.zip(listeners).map(|(mut pools, listeners)| {
+            pool::add_tables(&mut pools, &listeners);
+            (pools, listeners)
+        });
+        if let Some(problem) = both.as_ref().and_then(|(pools, _)| pool::too_many_tables(pools)) {
+            root.reader().report(0, problem);
+        }
         root.finish(&LATER_ROOT);
-        Some(Self { control, http, dataplane, pools: pools?, listeners: listeners? })
+        let (pools, listeners) = both?;
+        Some(Self { control, http, dataplane, decisions, pools, listeners })
     }
 }
 
@@ -301,6 +312,21 @@ fn read_dataplane(mut section: Section<'_, '_>) -> DataplaneConfig {
     read
 }
 
+fn read_decisions(mut section: Section<'_, '_>) -> DecisionsConfig {
+    let log = section.value("log", text(decision_log)).and_then(Spanned::into_inner);
+    let sample = or(section.value("sample", decimal(0.0..=1.0)), 0.01);
+    section.finish(&[]);
+    DecisionsConfig { sample: if log.is_some() { sample } else { 0.0 }, log }
+}
+
+fn decision_log(text: &str) -> Result<Option<control::DecisionLog>, Problem> {
+    Ok(match text {
+        "" => None,
+        "-" => Some(control::DecisionLog::Stdout),
+        path => Some(control::DecisionLog::File(path.into())),
+    })
+}
+
 /// An address of this host, without a port.
 fn parse_source_address(text: &str) -> Result<IpAddr, Problem> {
     let hint = "write addresses of this host without a port: [\"10.0.0.9\", \"10.0.0.10\"]";
@@ -311,34 +337,6 @@ fn parse_source_address(text: &str) -> Result<IpAddr, Problem> {
         Ok(address) => Ok(address),
         Err(_) => Err(Problem::new(format!("{text:?} is not an IP address"), hint)),
     }
-}
-
-/// The pools, or `None` when the name of one is unknown (then a listener may name it).
-fn read_pools(root: &mut Section<'_, '_>) -> Option<Vec<PoolConfig>> {
-    let mut pools: Option<Vec<PoolConfig>> = Some(Vec::new());
-    let mut lines: HashMap<PoolName, usize> = HashMap::new();
-    let all = root.list("pool", |mut section| {
-        let name = section.required("name", "\"sql\"", text(pool_name));
-        let policy = or(section.value("policy", text(parse_policy)), Policy::default());
-        let limit = section.value("flows_max_per_resource", integer(0..=u64::from(u32::MAX)));
-        let flows_max_per_resource = or(limit, 0);
-        if let Some(name) = &name {
-            let line = section.reader().line(name.span().start);
-            if let Some(first) = lines.insert(name.get_ref().clone(), line) {
-                let hint = format!("the first is in line {first}; rename one or merge them");
-                let message = format!("there are two pools named {:?}", name.get_ref().as_str());
-                section.reader().report(name.span().start, Problem::new(message, hint));
-            }
-        }
-        match (name, &mut pools) {
-            (Some(name), Some(pools)) => {
-                pools.push(PoolConfig { name: name.into_inner(), policy, flows_max_per_resource });
-            }
-            _ => pools = None,
-        }
-        section.finish(&["criteria", "split"]);
-    });
-    pools.filter(|_| all)
 }
 
 /// The listeners, or `None` when one has no usable address or pool. `pools` is `None` when they are not all known.
@@ -353,6 +351,7 @@ fn read_listeners(
         any = true;
         let bind = section.required("bind", "\"tcp://0.0.0.0:5432\"", text(ListenAddress::from_str));
         let pool = section.required("pool", "\"sql\"", text(pool_name));
+        let requires = pool::requirements(&mut section);
         if let Some(bind) = &bind {
             bound.claim(section.reader(), "listener.bind", bind.get_ref().0, bind.span().start);
         }
@@ -363,11 +362,11 @@ fn read_listeners(
         }
         match (bind, pool, &mut listeners) {
             (Some(bind), Some(pool), Some(listeners)) => {
-                listeners.push(ListenerConfig { bind: bind.into_inner(), pool: pool.into_inner() });
+                listeners.push(ListenerConfig { bind: bind.into_inner(), pool: pool.into_inner(), requires });
             }
             _ => listeners = None,
         }
-        section.finish(&["requires", "tls"]);
+        section.finish(&["tls"]);
     });
     if !any && all && !root.reader().is_broken() {
         let hint =
@@ -406,10 +405,6 @@ fn pool_name(text: &str) -> Result<PoolName, Problem> {
 pub fn parse_policy(text: &str) -> Result<Policy, Problem> {
     text.parse().map_err(|_| {
         let names: Vec<_> = Policy::ALL.iter().map(|policy| policy.name()).collect();
-        if LATER_POLICIES.contains(&text) {
-            let message = format!("the policy {text:?} is not supported by this version");
-            return Problem::new(message, format!("there are {}", names.join(", ")));
-        }
         let hint = match nearest(text, names.iter().copied()) {
             Some(meant) => format!("did you mean \"{meant}\"?"),
             None => format!("there are {}", names.join(", ")),

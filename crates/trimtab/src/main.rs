@@ -21,6 +21,8 @@ fn main() -> ExitCode {
         Command::Resources(args) => admin::resources(&args),
         Command::Pools(args) => admin::pools(&args),
         Command::Explain(args) => admin::explain(&args),
+        Command::Versions(args) => admin::versions(&args),
+        Command::Capabilities(args) => admin::capabilities(&args),
         Command::Drain(args) => admin::drain(&args),
         Command::Ready(args) => admin::ready(&args),
         Command::Demo(args) => demo::run(&args),

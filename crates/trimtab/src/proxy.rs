@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use allocation::{AllocationTable, Backend, LiveFacts, Members, PoolName, Publisher, ResourceId};
+use allocation::{AllocationTable, Backend, LiveFacts, Members, Policy, PoolName, Publisher, ResourceId};
 
 use crate::cli::ProxyArgs;
 use crate::config::Engine;
@@ -46,6 +46,10 @@ fn configuration(args: &ProxyArgs) -> Result<dataplane::Config, Failure> {
             let message = format!("{flag} has {twice} twice");
             return Err(Failure::Usage(Problem::new(message, "remove one of the two")));
         }
+    }
+    if let Policy::Criteria | Policy::Prequal = args.policy {
+        let message = format!("--policy {} needs resources that report or answer probes", args.policy);
+        return Err(Failure::Usage(Problem::new(message, "run `trimtab serve`, or take adaptive")));
     }
     let pool: PoolName = POOL.parse().map_err(|error: allocation::IdError| Failure::Fault(error.into()))?;
     let table = Publisher::new(table(args)?);

@@ -14,8 +14,10 @@ use tokio::runtime::Runtime;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use registry::{Limits, PoolConfig};
+
 use crate::cli::ServeArgs;
-use crate::config::{Config, EndpointConfig};
+use crate::config::{Config, EndpointConfig, ListenerConfig};
 use crate::failure::Failure;
 use crate::proxy::engine_reason;
 use crate::units::ListenAddress;
@@ -28,9 +30,7 @@ const BLOCKING_THREADS_MAX: usize = 2;
 /// How long control may take to say goodbye when all flows have ended.
 const CONTROL_END_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most resources in one pool: what the allocation table is measured with.
-const RESOURCES_MAX: usize = 10_000;
-/// How long a resource that joins established ones takes to its full share: a few reports.
-const SLOW_START: Duration = Duration::from_secs(10);
+const RESOURCES_MAX: usize = 100_000;
 
 /// Balances until it is told to stop.
 ///
@@ -67,12 +67,24 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     drained.and(ended)
 }
 
-/// Each pool's table, by the pool's place in the configuration.
-struct Pools(Vec<Publisher>);
+/// Each pool's tables, by the pool's place in the configuration: one for its own requirement, and one for each that its
+/// listeners have beyond it.
+struct Pools(Vec<Vec<Publisher>>);
 
 impl Pools {
     fn of(config: &Config) -> Self {
-        Self(config.pools.iter().map(|pool| Publisher::new(AllocationTable::empty(pool.policy))).collect())
+        let empty = |pool: &PoolConfig| Publisher::new(AllocationTable::empty(pool.policy));
+        let tables = |pool: &PoolConfig| (0..=pool.tables.len()).map(|_| empty(pool)).collect();
+        Self(config.pools.iter().map(tables).collect())
+    }
+
+    /// The table that serves a listener.
+    fn table(&self, config: &Config, listener: &ListenerConfig) -> Option<Publisher> {
+        let place = config.pools.iter().position(|pool| pool.name == listener.pool)?;
+        let tables = &config.pools[place].tables;
+        let table =
+            tables.iter().position(|requires| *requires == listener.requires).map_or(0, |table| table + 1);
+        self.0[place].get(table).cloned()
     }
 }
 
@@ -113,13 +125,12 @@ fn listener_reason(error: &dataplane::StartError) -> String {
 }
 
 fn dataplane_config(config: &Config, pools: &Pools) -> dataplane::Config {
-    let listeners = config.listeners.iter().flat_map(|listener| {
-        let place = config.pools.iter().position(|pool| pool.name == listener.pool);
+    let listeners = config.listeners.iter().filter_map(|listener| {
         // The configuration was refused if a listener names no pool.
-        place.map(|place| dataplane::ListenerConfig {
+        pools.table(config, listener).map(|table| dataplane::ListenerConfig {
             bind: listener.bind.0,
             pool: listener.pool.clone(),
-            table: pools.0[place].clone(),
+            table,
         })
     });
     let mut made = dataplane::Config::new(listeners.collect());
@@ -133,21 +144,20 @@ fn dataplane_config(config: &Config, pools: &Pools) -> dataplane::Config {
     made.timeouts.keepalive = told.keepalive;
     made.sources = told.source_addresses.clone();
     made.engine_reason = engine_reason(told.engine);
+    made.decision_sample = config.decisions.sample;
     made
 }
 
 fn control_config(config: &Config, pools: &Pools, bound: &Bound) -> ControlConfig {
     let addresses: Vec<_> = config.listeners.iter().zip(bound.addresses()).collect();
-    let pools = config.pools.iter().zip(&pools.0).map(|(pool, publisher)| control::Pool {
-        name: pool.name.clone(),
-        policy: pool.policy,
-        publisher: publisher.clone(),
+    let pools = config.pools.iter().zip(&pools.0).map(|(pool, publishers)| control::Pool {
+        config: pool.clone(),
+        publishers: publishers.clone(),
         listeners: addresses
             .iter()
             .filter(|(listener, _)| listener.pool == pool.name)
             .map(|(_, address)| ListenAddress(*address).to_string())
             .collect(),
-        flows_max_default: pool.flows_max_per_resource,
     });
     ControlConfig {
         listen: config.control.listen,
@@ -158,8 +168,8 @@ fn control_config(config: &Config, pools: &Pools, bound: &Bound) -> ControlConfi
         pools: pools.collect(),
         dataplane: bound.view(),
         origin: bound.origin(),
-        slow_start: SLOW_START,
-        resources_max: RESOURCES_MAX,
+        limits: Limits { resources_max: RESOURCES_MAX, ..Limits::default() },
+        decision_log: config.decisions.log.clone(),
     }
 }
 
@@ -171,7 +181,7 @@ fn balancer_id() -> String {
 
 /// What scripts wait for: where everything listens, with the ports that were really bound.
 fn lines(config: &Config, bound: &Bound, control: &Control) -> String {
-    let listening = |(listener, address): (&crate::config::ListenerConfig, SocketAddr)| {
+    let listening = |(listener, address): (&ListenerConfig, SocketAddr)| {
         format!("listening {} pool={}\n", ListenAddress(address), listener.pool)
     };
     let listeners: String = config.listeners.iter().zip(bound.addresses()).map(listening).collect();

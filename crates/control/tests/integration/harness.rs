@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 use allocation::telemetry::{
     CONNECT_SECONDS, DataplaneView, EngineSnapshot, FLOW_SECONDS, HistogramSnapshot, ListenerSnapshot,
 };
-use allocation::{AllocationTable, Policy, Publisher};
+use allocation::{AllocationTable, Decision, Policy, Publisher};
 use api::orca::OrcaLoadReport;
 use api::v1::admin_service_client::AdminServiceClient;
 use api::v1::registration_service_client::RegistrationServiceClient;
 use api::v1::report_response::Event;
 use api::v1::{RegisterRequest, ReportRequest, ReportResponse, Resource};
 use control::{Control, ControlConfig, Phase, Pool};
+use registry::{Limits, PoolConfig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
@@ -50,16 +51,22 @@ impl DataplaneView for FakeDataplane {
     fn engine(&self) -> EngineSnapshot {
         EngineSnapshot { engine: "uring", reason: "probed", workers: 1, ..EngineSnapshot::default() }
     }
+
+    fn decisions(&self, _last: usize) -> Vec<Decision> {
+        Vec::new()
+    }
+
+    fn take_sampled_decisions(&self) -> (Vec<Decision>, u64) {
+        (Vec::new(), 0)
+    }
 }
 
 pub(crate) fn config() -> (ControlConfig, Publisher) {
     let publisher = Publisher::new(AllocationTable::empty(Policy::Adaptive));
     let pool = |name: &str, publisher: &Publisher| Pool {
-        name: name.parse().unwrap(),
-        policy: Policy::Adaptive,
-        publisher: publisher.clone(),
+        config: PoolConfig::new(name.parse().unwrap(), Policy::Adaptive),
+        publishers: vec![publisher.clone()],
         listeners: vec!["tcp://127.0.0.1:5432".into()],
-        flows_max_default: 0,
     };
     let other = Publisher::new(AllocationTable::empty(Policy::Adaptive));
     let config = ControlConfig {
@@ -71,8 +78,8 @@ pub(crate) fn config() -> (ControlConfig, Publisher) {
         pools: vec![pool("sql", &publisher), pool("xmpp", &other)],
         dataplane: Arc::new(FakeDataplane),
         origin: Instant::now(),
-        slow_start: Duration::from_secs(10),
-        resources_max: 100,
+        limits: Limits { resources_max: 100, ..Limits::default() },
+        decision_log: None,
     };
     (config, publisher)
 }

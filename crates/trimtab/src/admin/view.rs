@@ -3,7 +3,10 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 
-use api::v1::{Candidate, ExplainResponse, PoolStatus, ResourceState, ResourceStatus};
+use api::v1::{
+    Candidate, Capabilities, Decision, ExplainResponse, ListVersionsResponse, PoolStatus, ResourceState,
+    ResourceStatus, VersionStatus,
+};
 use serde::Serialize;
 
 use crate::output::{Table, printable};
@@ -165,6 +168,220 @@ pub struct ExplainView {
     pub guard: String,
     /// Cheapest first, then those left out.
     pub candidates: Vec<CandidateView>,
+    /// What the connection requires.
+    pub requires: Vec<String>,
+    /// Every set of requirements that a table is kept for.
+    pub tables: Vec<String>,
+    /// How the policy chooses, in words.
+    pub rule: String,
+    /// Who would get the next connection.
+    pub next: String,
+    /// Why nobody would; empty: somebody would.
+    pub no_backend: String,
+    /// Every guard, whether it holds or not.
+    pub guards: Vec<GuardView>,
+    /// How many balancers share the pool.
+    pub balancers: f64,
+    /// The last selections, newest first.
+    pub last: Vec<DecisionView>,
+}
+
+/// A guard of a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct GuardView {
+    /// Its name.
+    pub name: String,
+    /// Whether it does anything now.
+    pub holds: bool,
+    /// What it sees and does.
+    pub detail: String,
+}
+
+/// One selection that was made.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DecisionView {
+    /// How long ago.
+    pub age_seconds: Option<f64>,
+    /// By which worker.
+    pub worker: u32,
+    /// Where the connection came in.
+    pub listener: String,
+    /// Of the table that it was made by.
+    pub generation: u64,
+    /// Who got the connection; empty: nobody.
+    pub chosen: String,
+    /// Why nobody did; empty: somebody did.
+    pub no_backend: String,
+    /// The side of a version split that it fell to.
+    pub version: String,
+    /// Resources that were tried for it before.
+    pub tried: u32,
+    /// Resources that the table had for it.
+    pub eligible: u32,
+    /// Those that were looked at.
+    pub looks: Vec<LookView>,
+    /// Those that the table left out.
+    pub left_out: Vec<LeftOutView>,
+}
+
+/// A resource that a selection looked at.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LookView {
+    /// Its identity.
+    pub id: String,
+    /// Open on it then.
+    pub flows_open: u64,
+    /// Its weight then.
+    pub weight: f64,
+    /// Its cost then.
+    pub cost: f64,
+    /// Why it could not be taken; empty: it could.
+    pub passed_over: String,
+}
+
+/// A resource that a table left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LeftOutView {
+    /// Its identity.
+    pub id: String,
+    /// Why.
+    pub why: String,
+}
+
+impl From<Decision> for DecisionView {
+    fn from(decision: Decision) -> Self {
+        let look = |look: api::v1::Look| LookView {
+            id: look.id,
+            flows_open: look.flows_open,
+            weight: look.weight,
+            cost: look.cost,
+            passed_over: look.passed_over,
+        };
+        Self {
+            age_seconds: seconds(decision.age),
+            worker: decision.worker,
+            listener: decision.listener,
+            generation: decision.generation,
+            chosen: decision.chosen,
+            no_backend: decision.no_backend,
+            version: decision.version,
+            tried: decision.tried,
+            eligible: decision.eligible,
+            looks: decision.looks.into_iter().map(look).collect(),
+            left_out: decision.left_out.into_iter().map(|l| LeftOutView { id: l.id, why: l.why }).collect(),
+        }
+    }
+}
+
+/// A version of a split pool, beside the others.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct VersionView {
+    /// The version.
+    pub version: String,
+    /// What the others are compared with.
+    pub baseline: bool,
+    /// Configured or set, 0 to 1.
+    pub share_wanted: f64,
+    /// In force, 0 to 1.
+    pub share: f64,
+    /// Why its share was taken from it; empty: it was not.
+    pub aborted: String,
+    /// Resources that are registered.
+    pub resources: u32,
+    /// Those of them that get new flows.
+    pub resources_ready: u32,
+    /// Flows open now.
+    pub flows_open: u64,
+    /// Flows opened.
+    pub flows_opened_total: u64,
+    /// Connects that failed.
+    pub connect_failures_total: u64,
+    /// Flows that it reset.
+    pub resets_total: u64,
+    /// Bytes delivered to clients.
+    pub bytes_to_client_total: u64,
+    /// Bytes delivered to it.
+    pub bytes_to_backend_total: u64,
+    /// Of the connects lately; `null`: too few to tell.
+    pub connect_failure_ratio: Option<f64>,
+    /// Of the flows lately.
+    pub reset_ratio: Option<f64>,
+    /// Mean time of a connect lately.
+    pub connect_seconds: Option<f64>,
+    /// Mean time to the first byte lately.
+    pub first_byte_seconds: Option<f64>,
+    /// Mean of what its resources report.
+    pub utilization: Option<f64>,
+    /// The same for each flow open.
+    pub utilization_per_flow: Option<f64>,
+    /// How long it has been worse than the baseline; `null`: it is not.
+    pub worse_for_seconds: Option<f64>,
+    /// By what.
+    pub worse_by: Vec<String>,
+}
+
+impl From<VersionStatus> for VersionView {
+    fn from(status: VersionStatus) -> Self {
+        let known = |value: f64| (value >= 0.0).then_some(value);
+        Self {
+            version: status.version,
+            baseline: status.baseline,
+            share_wanted: status.share_wanted,
+            share: status.share,
+            aborted: status.aborted,
+            resources: status.resources,
+            resources_ready: status.resources_ready,
+            flows_open: status.flows_open,
+            flows_opened_total: status.flows_opened_total,
+            connect_failures_total: status.connect_failures_total,
+            resets_total: status.resets_total,
+            bytes_to_client_total: status.bytes_to_client_total,
+            bytes_to_backend_total: status.bytes_to_backend_total,
+            connect_failure_ratio: known(status.connect_failure_ratio),
+            reset_ratio: known(status.reset_ratio),
+            connect_seconds: known(status.connect_seconds),
+            first_byte_seconds: known(status.first_byte_seconds),
+            utilization: known(status.utilization),
+            utilization_per_flow: known(status.utilization_per_flow),
+            worse_for_seconds: seconds(status.worse_for),
+            worse_by: status.worse_by,
+        }
+    }
+}
+
+/// `versions`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct VersionsView {
+    /// The pool.
+    pub pool: String,
+    /// By what new flows are divided: `share` or `client`.
+    pub by: String,
+    /// The baseline first; empty: the pool is not split.
+    pub versions: Vec<VersionView>,
+}
+
+impl From<ListVersionsResponse> for VersionsView {
+    fn from(answer: ListVersionsResponse) -> Self {
+        let versions = answer.versions.into_iter().map(VersionView::from).collect();
+        Self { pool: answer.pool, by: answer.by, versions }
+    }
+}
+
+/// What an operator entered of a resource.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CapabilitiesView {
+    /// Its identity.
+    pub id: String,
+    /// What was entered.
+    pub labels: BTreeMap<String, String>,
+    /// Whether it has joined.
+    pub joined: bool,
+}
+
+impl From<Capabilities> for CapabilitiesView {
+    fn from(of: Capabilities) -> Self {
+        Self { id: of.id, labels: of.labels.into_iter().collect(), joined: of.joined }
+    }
 }
 
 /// One resource as `explain` sees it.
@@ -184,7 +401,7 @@ pub struct CandidateView {
     pub share: f64,
     /// Flows open on it now.
     pub flows_open: u64,
-    /// `(flows_open + 1) / weight`: what selection compares.
+    /// `(flows_open x balancers + 1) / weight`: what selection compares under the default policy.
     pub cost: f64,
     /// Smoothed utilization that the weight was made of.
     pub utilization_ewma: f64,
@@ -200,6 +417,33 @@ pub struct CandidateView {
     pub notes: Vec<String>,
     /// The newest report, by dimension; ratios.
     pub utilization: BTreeMap<String, f64>,
+    /// The version of what it serves.
+    pub version: String,
+    /// The side of the pool's split that it is on; empty: there is none.
+    pub side: String,
+    /// What it is and can do, with what operators entered.
+    pub labels: BTreeMap<String, String>,
+    /// To how many balancers it reports.
+    pub balancers: u32,
+    /// Smoothed time to its first byte; 0: not measured.
+    pub latency_seconds: f64,
+    /// By each criterion of the pool.
+    pub scores: Vec<ScoreView>,
+    /// Utilization that its history foretells; `null`: none.
+    pub forecast: Option<f64>,
+}
+
+/// A resource by one criterion.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ScoreView {
+    /// As configured.
+    pub criterion: String,
+    /// As of its newest sample; `null`: there is none.
+    pub value: Option<f64>,
+    /// What one more flow adds, as far as was learned.
+    pub per_flow: Option<f64>,
+    /// Of the newest sample.
+    pub age_seconds: Option<f64>,
 }
 
 impl From<ExplainResponse> for ExplainView {
@@ -210,6 +454,18 @@ impl From<ExplainResponse> for ExplainView {
             generation: answer.generation,
             guard: answer.guard,
             candidates: answer.candidates.into_iter().map(CandidateView::from).collect(),
+            requires: answer.requires,
+            tables: answer.tables,
+            rule: answer.rule,
+            next: answer.next,
+            no_backend: answer.no_backend,
+            guards: answer
+                .guards
+                .into_iter()
+                .map(|guard| GuardView { name: guard.name, holds: guard.holds, detail: guard.detail })
+                .collect(),
+            balancers: answer.balancers,
+            last: answer.last.into_iter().map(DecisionView::from).collect(),
         }
     }
 }
@@ -232,6 +488,22 @@ impl From<Candidate> for CandidateView {
             slow_start: candidate.slow_start,
             notes: candidate.notes,
             utilization: sorted(candidate.utilization),
+            version: candidate.version,
+            side: candidate.side,
+            labels: candidate.labels.into_iter().collect(),
+            balancers: candidate.balancers,
+            latency_seconds: candidate.latency_seconds,
+            scores: candidate
+                .scores
+                .into_iter()
+                .map(|score| ScoreView {
+                    value: Some(score.value).filter(|value| value.is_finite()),
+                    per_flow: Some(score.per_flow).filter(|value| value.is_finite()),
+                    age_seconds: seconds(score.age),
+                    criterion: score.criterion,
+                })
+                .collect(),
+            forecast: (candidate.forecast >= 0.0).then_some(candidate.forecast),
         }
     }
 }
@@ -304,50 +576,34 @@ pub(super) fn explain_text(explained: &ExplainView) -> String {
         printable(&explained.policy),
         explained.generation
     );
+    if !explained.rule.is_empty() {
+        let _ =
+            writeln!(out, "{}; {:.1} balancers", printable(&explained.rule), explained.balancers.max(1.0));
+    }
+    if !explained.requires.is_empty() {
+        let _ = writeln!(out, "requires {}", printable(&explained.requires.join(", ")));
+    }
     if !explained.guard.is_empty() {
         let _ = writeln!(out, "weights are held: {}", printable(&explained.guard));
+    }
+    for guard in explained.guards.iter().filter(|guard| guard.holds) {
+        let _ = writeln!(out, "guard {}: {}", printable(&guard.name), printable(&guard.detail));
+    }
+    if !explained.next.is_empty() {
+        let _ = writeln!(out, "the next connection would go to {}", printable(&explained.next));
+    } else if !explained.no_backend.is_empty() {
+        let _ = writeln!(out, "the next connection would be reset: {}", printable(&explained.no_backend));
     }
     let (left_out, considered): (Vec<_>, Vec<_>) =
         explained.candidates.iter().partition(|candidate| !candidate.left_out.is_empty());
     if explained.candidates.is_empty() {
         out.push_str("no resource has joined it: the next connection would be reset\n");
-        return out;
-    }
-    if considered.is_empty() {
+    } else if considered.is_empty() {
         out.push_str("nobody is considered: the next connection would be reset\n");
     } else {
-        out.push_str("\nconsidered, cheapest first; cost = (open + 1) / weight\n");
-        let mut table = Table::new(&[
-            "ID",
-            "ADDRESS",
-            ">COST",
-            ">OPEN",
-            ">WEIGHT",
-            ">SHARE",
-            ">UTILIZATION",
-            ">RATE",
-            "OF",
-            ">START",
-            ">REPORT",
-            "NOTES",
-        ]);
-        for candidate in considered {
-            table.row([
-                candidate.id.clone(),
-                candidate.address.clone(),
-                format!("{:.2}", candidate.cost),
-                candidate.flows_open.to_string(),
-                format!("{:.2}", candidate.weight),
-                percent(Some(candidate.share)),
-                percent(Some(candidate.utilization_ewma)),
-                format!("{:.1}/s", candidate.rate_ewma),
-                candidate.rate_unit.clone(),
-                percent(Some(candidate.slow_start)),
-                age(candidate.report_age_seconds),
-                candidate.notes.join("; "),
-            ]);
-        }
-        out.push_str(&table.render());
+        out.push_str("\nconsidered, cheapest first; cost = (open x balancers + 1) / weight\n");
+        out.push_str(&considered_table(&considered));
+        out.push_str(&scores_table(&considered));
     }
     if !left_out.is_empty() {
         out.push_str("\nleft out\n");
@@ -363,7 +619,202 @@ pub(super) fn explain_text(explained: &ExplainView) -> String {
         }
         out.push_str(&table.render());
     }
+    if !explained.last.is_empty() {
+        out.push_str("\nlast selections, newest first\n");
+        explained.last.iter().for_each(|decision| out.push_str(&decision_text(decision)));
+    }
     out
+}
+
+fn considered_table(considered: &[&CandidateView]) -> String {
+    let split = considered.iter().any(|candidate| !candidate.side.is_empty());
+    let mut table = Table::new(&[
+        "ID",
+        "ADDRESS",
+        ">COST",
+        ">OPEN",
+        ">WEIGHT",
+        ">SHARE",
+        ">UTILIZATION",
+        ">FORECAST",
+        ">RATE",
+        "OF",
+        ">LATENCY",
+        ">START",
+        ">REPORT",
+        "NOTES",
+    ]);
+    for candidate in considered {
+        let mut notes = candidate.notes.clone();
+        if split {
+            notes.insert(0, format!("version {} on side {}", candidate.version, candidate.side));
+        }
+        table.row([
+            candidate.id.clone(),
+            candidate.address.clone(),
+            format!("{:.2}", candidate.cost),
+            candidate.flows_open.to_string(),
+            format!("{:.2}", candidate.weight),
+            percent(Some(candidate.share)),
+            percent(Some(candidate.utilization_ewma)),
+            percent(candidate.forecast),
+            format!("{:.1}/s", candidate.rate_ewma),
+            candidate.rate_unit.clone(),
+            millis(Some(candidate.latency_seconds).filter(|seconds| *seconds > 0.0)),
+            percent(Some(candidate.slow_start)),
+            age(candidate.report_age_seconds),
+            notes.join("; "),
+        ]);
+    }
+    table.render()
+}
+
+/// Each criterion's scores; nothing where the pool has none.
+fn scores_table(considered: &[&CandidateView]) -> String {
+    if considered.iter().all(|candidate| candidate.scores.is_empty()) {
+        return String::new();
+    }
+    let mut table = Table::new(&["ID", "CRITERION", ">VALUE", ">PER FLOW", ">SAMPLE"]);
+    for candidate in considered {
+        for score in &candidate.scores {
+            let number =
+                |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"));
+            table.row([
+                candidate.id.clone(),
+                score.criterion.clone(),
+                number(score.value),
+                number(score.per_flow),
+                age(score.age_seconds),
+            ]);
+        }
+    }
+    format!("\ncriteria, in their order\n{}", table.render())
+}
+
+fn decision_text(decision: &DecisionView) -> String {
+    let to = if decision.chosen.is_empty() { &decision.no_backend } else { &decision.chosen };
+    let mut out = format!(
+        "{} ago, {}, generation {}, {} eligible",
+        age(decision.age_seconds),
+        printable(&decision.listener),
+        decision.generation,
+        decision.eligible
+    );
+    if !decision.version.is_empty() {
+        let _ = write!(out, ", version {}", printable(&decision.version));
+    }
+    if decision.tried > 0 {
+        let _ = write!(out, ", {} tried before", decision.tried);
+    }
+    let _ = writeln!(out, " -> {}", printable(to));
+    for look in &decision.looks {
+        let _ = write!(
+            out,
+            "    {}  open {}  weight {:.2}  cost {:.3}",
+            printable(&look.id),
+            look.flows_open,
+            look.weight,
+            look.cost
+        );
+        if look.passed_over.is_empty() {
+            out.push('\n');
+        } else {
+            let _ = writeln!(out, "  passed over: {}", printable(&look.passed_over));
+        }
+    }
+    for left in &decision.left_out {
+        let _ = writeln!(out, "    {}  left out: {}", printable(&left.id), printable(&left.why));
+    }
+    out
+}
+
+/// `versions`, for people.
+pub(super) fn versions_table(versions: &VersionsView) -> String {
+    if versions.versions.is_empty() {
+        return format!(
+            "pool {} is not split between versions; [pool.split] does it\n",
+            printable(&versions.pool)
+        );
+    }
+    let mut table = Table::new(&[
+        "VERSION",
+        "STATE",
+        ">SHARE",
+        ">READY",
+        ">OPEN",
+        ">OPENED",
+        ">FAILED",
+        ">RESET",
+        ">CONNECT",
+        ">FIRST BYTE",
+        ">TO CLIENT",
+        ">TO BACKEND",
+        ">UTILIZATION",
+        ">PER FLOW",
+    ]);
+    for version in &versions.versions {
+        let state = match version {
+            VersionView { aborted, .. } if !aborted.is_empty() => "aborted".to_owned(),
+            VersionView { baseline: true, .. } => "baseline".to_owned(),
+            VersionView { worse_for_seconds: Some(seconds), .. } => format!("worse for {seconds:.0}s"),
+            _ => "compared".to_owned(),
+        };
+        let rate =
+            |ratio: Option<f64>| ratio.map_or_else(|| "-".to_owned(), |r| format!("{:.2}%", r * 100.0));
+        table.row([
+            version.version.clone(),
+            state,
+            percent(Some(version.share)),
+            format!("{}/{}", version.resources_ready, version.resources),
+            version.flows_open.to_string(),
+            version.flows_opened_total.to_string(),
+            rate(version.connect_failure_ratio),
+            rate(version.reset_ratio),
+            millis(version.connect_seconds),
+            millis(version.first_byte_seconds),
+            version.bytes_to_client_total.to_string(),
+            version.bytes_to_backend_total.to_string(),
+            percent(version.utilization),
+            rate(version.utilization_per_flow),
+        ]);
+    }
+    let mut out = format!(
+        "pool {}, new connections divided by {}\n",
+        printable(&versions.pool),
+        printable(&versions.by)
+    );
+    out.push_str(&table.render());
+    for version in &versions.versions {
+        let name = printable(&version.version);
+        if !version.aborted.is_empty() {
+            let _ = writeln!(out, "{name} was aborted: {}", printable(&version.aborted));
+            let _ = writeln!(
+                out,
+                "  give it a share again: trimtab versions {} --set {name}=N%",
+                printable(&versions.pool)
+            );
+        } else if !version.worse_by.is_empty() {
+            let _ = writeln!(out, "{name} is worse: {}", printable(&version.worse_by.join("; ")));
+        }
+    }
+    out
+}
+
+/// `capabilities`, for people.
+pub(super) fn capabilities_table(all: &[CapabilitiesView]) -> String {
+    if all.is_empty() {
+        return "nothing was entered; `trimtab capabilities ID LABEL…` does it, before or after a resource joins\n".to_owned();
+    }
+    let mut table = Table::new(&["ID", "JOINED", "LABELS"]);
+    for of in all {
+        let labels: Vec<_> = of.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        table.row([of.id.clone(), if of.joined { "yes" } else { "no" }.to_owned(), labels.join(" ")]);
+    }
+    table.render()
+}
+
+fn millis(seconds: Option<f64>) -> String {
+    seconds.map_or_else(|| "-".to_owned(), |seconds| format!("{:.2}ms", seconds * 1e3))
 }
 
 fn percent(ratio: Option<f64>) -> String {

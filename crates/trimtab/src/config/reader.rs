@@ -94,6 +94,11 @@ impl<'t> Section<'_, 't> {
         &self.path
     }
 
+    /// Whether the file has it.
+    pub(super) fn is_there(&self) -> bool {
+        self.table.is_some()
+    }
+
     /// The reader, to report what concerns more than one value.
     pub(super) fn reader(&mut self) -> &mut Reader<'t> {
         self.reader
@@ -268,6 +273,20 @@ pub(super) fn integer<T: TryFrom<u64>>(
             .filter(|number| range.contains(number))
             .and_then(|number| T::try_from(number).ok())
             .ok_or_else(|| Problem::new(format!("{number} is out of range"), hint()))
+    }
+}
+
+/// A parser of numbers in a range, with or without a point.
+pub(super) fn decimal(range: RangeInclusive<f64>) -> impl FnOnce(&DeValue<'_>) -> Result<f64, Problem> {
+    move |value| {
+        let hint = || format!("write a number from {} to {}, without quotes", range.start(), range.end());
+        let text = match value {
+            DeValue::Integer(number) => number.as_str(),
+            DeValue::Float(number) => number.as_str(),
+            _ => return Err(Problem::new(format!("this is {}, not a number", with_article(value)), hint())),
+        };
+        let parsed = text.parse::<f64>().ok().filter(|number| range.contains(number));
+        parsed.ok_or_else(|| Problem::new(format!("{text} is out of range"), hint()))
     }
 }
 
