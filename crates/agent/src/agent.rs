@@ -1,40 +1,33 @@
-//! The life of an agent.
+//! An agent: one resource, registered with each of its balancers.
 //!
 //! ```text
-//!                    +--------------------------- answers ------------------------+
-//!                    v                                                            |
-//! CheckingService -> Registering -> Reporting --- lost / not registered ---> Waiting -> (service?) -> Registering …
-//!                    |                                                            ^
-//!                    +---------------- refused / unreachable ---------------------+
-//!
-//! any of them -- shutdown --> Deregistered
+//!                      +-> Life (balancer 1): its session, its meter, its pauses
+//! Agent --- starts ----+-> Life (balancer 2)
+//!                      +-> one check of the service, one utilization file, one answerer of probes: for all lives
 //! ```
 //!
-//! A balancer's absence is waited out, however long it lasts; so is its refusal. Only what makes no sense here ends
-//! an agent ([`AgentError`]).
+//! Owns: what the lives share ([`Common`]), and their common start and end. Does not own: what happens with one balancer
+//! (`life`). Each life is a task of its own: a balancer that hangs, refuses or is away delays no other, and at the end
+//! all take leave at once.
 
 use std::convert::Infallible;
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
-use api::v1::DeregisterRequest;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout};
-use tracing::{debug, error, info, warn};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tonic::transport::Uri;
 
-use crate::backoff::Backoff;
 use crate::config::{AgentConfig, AgentError};
-use crate::meter::{Meter, WINDOW_MIN};
-use crate::said::Said;
+use crate::life::Life;
 use crate::service::{self, Service};
-use crate::session::{self, Client, Ended, Session};
 
-/// For taking leave; whoever stops the agent waits for it.
-const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 /// Longest time between two checks of the service, under long report intervals.
 const CHECK_INTERVAL_MAX: Duration = Duration::from_secs(5);
 
-/// What an agent does now.
+/// What an agent does now, with one of its balancers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AgentState {
     /// It waits for its own service to answer; it is not registered.
@@ -64,7 +57,8 @@ pub enum AgentState {
 #[derive(Debug)]
 pub struct Agent {
     config: AgentConfig,
-    state: watch::Sender<AgentState>,
+    /// In the order of the balancers.
+    states: Vec<watch::Sender<AgentState>>,
 }
 
 /// Runs an agent until `shutdown` resolves, then deregisters.
@@ -82,37 +76,89 @@ impl Agent {
     /// When the configuration makes no sense; see [`AgentError`].
     pub fn new(config: AgentConfig) -> Result<Self, AgentError> {
         config.validate()?;
-        Ok(Self { config, state: watch::Sender::new(AgentState::CheckingService) })
+        let states = config.balancers.iter().map(|_| watch::Sender::new(AgentState::CheckingService));
+        Ok(Self { states: states.collect(), config })
     }
 
-    /// Follows what it does.
+    /// Follows what it does with its first balancer: most agents have one.
     pub fn state(&self) -> watch::Receiver<AgentState> {
-        self.state.subscribe()
+        // A configuration without a balancer is refused.
+        self.states[0].subscribe()
     }
 
-    /// Runs until `shutdown` resolves, then deregisters, which takes a second at most.
+    /// Follows what it does with each of its balancers, in the order they were named.
+    pub fn states(&self) -> Vec<(Uri, watch::Receiver<AgentState>)> {
+        let states = self.states.iter().map(watch::Sender::subscribe);
+        self.config.balancers.iter().cloned().zip(states).collect()
+    }
+
+    /// Runs until `shutdown` resolves, then deregisters everywhere, which takes a second at most.
     ///
     /// # Errors
     /// When the service answers and its cgroup does not exist.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), AgentError> {
         let (service_sender, service) = watch::channel(Service::Unknown);
-        let mut life = Life {
-            config: &self.config,
-            state: &self.state,
-            service,
-            client: None,
-            may_be_registered: false,
-            attempt: 0,
-            troubles: Said::default(),
-        };
+        let common = Arc::new(Common { config: self.config, service, states: self.states });
+        let stop = watch::Sender::new(false);
+        let mut lives = JoinSet::new();
+        for balancer in 0..common.config.balancers.len() {
+            lives.spawn(Life::new(Arc::clone(&common), balancer).run(stop.subscribe()));
+        }
         let result = tokio::select! {
-            ended = life.live() => ended.map(|never| match never {}),
-            never = check_service(&self.config, service_sender) => match never? {},
+            error = first_error(&mut lives) => Err(error),
+            never = check_service(&common.config, service_sender) => match never? {},
             () = shutdown => Ok(()),
         };
-        life.leave().await;
-        self.state.send_replace(AgentState::Deregistered);
+        stop.send_replace(true);
+        while let Some(ended) = lives.join_next().await {
+            // The first error says it all.
+            drop(unless_panicked(ended));
+        }
         result
+    }
+}
+
+/// What the lives of one agent share.
+#[derive(Debug)]
+pub(crate) struct Common {
+    pub(crate) config: AgentConfig,
+    pub(crate) service: watch::Receiver<Service>,
+    states: Vec<watch::Sender<AgentState>>,
+}
+
+impl Common {
+    pub(crate) fn set_state(&self, balancer: usize, state: AgentState) {
+        self.states[balancer].send_replace(state);
+    }
+
+    /// How many balancers a report to `balancer` says there are: those that answer now, and the one it goes to, which
+    /// may not have had its first one yet.
+    pub(crate) fn balancers_now(&self, balancer: usize) -> u32 {
+        let counts = |(index, state): (usize, &watch::Sender<AgentState>)| {
+            index == balancer || matches!(*state.borrow(), AgentState::Reporting { .. })
+        };
+        let count = self.states.iter().enumerate().filter(|entry| counts(*entry)).count();
+        u32::try_from(count).unwrap_or(u32::MAX)
+    }
+}
+
+/// The error of the first life that ends by one. A life ends by nothing else before it is told to stop.
+async fn first_error(lives: &mut JoinSet<Result<(), AgentError>>) -> AgentError {
+    while let Some(ended) = lives.join_next().await {
+        if let Err(error) = unless_panicked(ended) {
+            return error;
+        }
+    }
+    std::future::pending().await
+}
+
+/// A panic of a life is the agent's own, as if there were no tasks.
+fn unless_panicked(ended: Result<Result<(), AgentError>, tokio::task::JoinError>) -> Result<(), AgentError> {
+    match ended {
+        Ok(result) => result,
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        // Nobody cancels a life but the runtime at its own end.
+        Err(_) => Ok(()),
     }
 }
 
@@ -125,129 +171,4 @@ async fn check_service(
         return std::future::pending().await;
     };
     Ok(service::check(address, patience, config.report_interval.min(CHECK_INTERVAL_MAX), found).await)
-}
-
-/// What a running agent keeps.
-struct Life<'a> {
-    config: &'a AgentConfig,
-    state: &'a watch::Sender<AgentState>,
-    service: watch::Receiver<Service>,
-    /// Of the last session.
-    client: Option<Client>,
-    /// From before the first registration is sent: its answer may be lost.
-    may_be_registered: bool,
-    attempt: u32,
-    /// What was logged since all was well.
-    troubles: Said,
-}
-
-impl Life<'_> {
-    async fn live(&mut self) -> Result<Infallible, AgentError> {
-        self.wait_for_service().await;
-        let mut meter = Meter::new(self.config, Instant::now().into_std())?;
-        // So that the first report has rates in it.
-        sleep(WINDOW_MIN).await;
-        let retry = self.config.retry;
-        let mut backoff = Backoff::new(retry.first, retry.cap, self.config.seed);
-        loop {
-            // Not before the service answers: from its registration on a resource may be given flows.
-            self.wait_for_service().await;
-            let (ended, was_heard) = self.session(&mut meter).await;
-            if was_heard {
-                backoff.reset();
-                self.attempt = 0;
-                self.troubles.forget();
-            }
-            let pause = match ended {
-                Ended::Refused(_) => backoff.steady(retry.refused),
-                Ended::NotRegistered | Ended::Lost(_) => backoff.pause(),
-            };
-            let why = self.log(ended);
-            self.state.send_replace(AgentState::Waiting { why, pause });
-            sleep(pause).await;
-        }
-    }
-
-    async fn wait_for_service(&mut self) {
-        if self.service.borrow_and_update().answers() {
-            return;
-        }
-        self.state.send_replace(AgentState::CheckingService);
-        loop {
-            let service = self.service.borrow_and_update().clone();
-            match &service {
-                Service::Answers => break,
-                Service::Unknown => {}
-                Service::Silent(_) => {
-                    let text = service.to_string();
-                    if self.troubles.is_new(&text) {
-                        warn!(
-                            address = self.config.resource.address,
-                            "not registered yet: the service {text}"
-                        );
-                    }
-                }
-            }
-            if self.service.changed().await.is_err() {
-                // The check ended, and with it the agent: its other half is about to drop this future.
-                return std::future::pending().await;
-            }
-        }
-        info!(address = self.config.resource.address, "the service answers");
-    }
-
-    /// One session from its start to its end. Also says whether any report was answered.
-    async fn session(&mut self, meter: &mut Meter) -> (Ended, bool) {
-        self.attempt = self.attempt.saturating_add(1);
-        self.state.send_replace(AgentState::Registering { attempt: self.attempt });
-        let mut client = match session::connect(self.config).await {
-            Ok(client) => client,
-            Err(ended) => return (ended, false),
-        };
-        self.client = Some(client.clone());
-        self.may_be_registered = true;
-        if let Err(ended) = session::register(&mut client, self.config).await {
-            return (ended, false);
-        }
-        Session::report(&mut client, self.config, meter, &mut self.service, self.state).await
-    }
-
-    /// Says what ended a session: each message once until reports are answered again.
-    fn log(&mut self, ended: Ended) -> String {
-        let balancer = &self.config.balancer;
-        match ended {
-            Ended::NotRegistered => {
-                info!(%balancer, "not registered there any more: registering again");
-                "not registered any more".into()
-            }
-            Ended::Refused(why) => {
-                if self.troubles.is_new(&why) {
-                    error!(%balancer, why, "the balancer refuses this resource; trying again now and then");
-                }
-                why
-            }
-            Ended::Lost(why) => {
-                if self.troubles.is_new(&why) {
-                    warn!(%balancer, why, "no connection to the balancer; trying again until there is one");
-                } else {
-                    debug!(%balancer, why, attempt = self.attempt, "still no connection");
-                }
-                why
-            }
-        }
-    }
-
-    async fn leave(&mut self) {
-        if !self.may_be_registered {
-            return;
-        }
-        let Some(mut client) = self.client.take() else { return };
-        let request =
-            DeregisterRequest { id: self.config.resource.id.clone(), incarnation: self.config.incarnation };
-        match timeout(LEAVE_PATIENCE, client.deregister(request)).await {
-            Ok(Ok(_)) => info!(id = self.config.resource.id, "deregistered"),
-            Ok(Err(status)) => warn!(why = status.message(), "not deregistered: the lease will expire"),
-            Err(_) => warn!("not deregistered within {LEAVE_PATIENCE:?}: the lease will expire"),
-        }
-    }
 }

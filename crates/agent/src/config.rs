@@ -1,5 +1,6 @@
 //! What an agent is told.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -9,11 +10,15 @@ use tonic::transport::Uri;
 
 use crate::utilization::{NoSuchCgroup, Roots, Source};
 
+/// Where a URL without a port leads.
+const HTTP_PORT: u16 = 80;
+
 /// What an agent is told. [`AgentConfig::new`] fills in what it can.
 #[derive(Debug, Clone)]
 pub struct AgentConfig {
-    /// The balancer's control address, `http://host:port`.
-    pub balancer: Uri,
+    /// The balancers' control addresses, `http://host:port`: at least one, none twice. The resource is registered with
+    /// each of them, and a balancer that is away changes nothing for the others.
+    pub balancers: Vec<Uri>,
     /// Who registers: identity, pool, address and what it can bear.
     pub resource: v1::Resource,
     /// Orders the starts of this resource: a higher one replaces a lower one. Milliseconds since 1970 at the start.
@@ -25,7 +30,7 @@ pub struct AgentConfig {
     /// Where the kernel's files are.
     pub roots: Roots,
     /// A JSON file whose values stand above the measured ones (see [`crate::utilization::Override`]); read at each
-    /// report. It need not be there.
+    /// report, and when its labels may have changed. It need not be there.
     pub utilization_file: Option<PathBuf>,
     /// Capacity of the network in bits a second; unset: the fastest interface's speed.
     pub bandwidth_capacity_bps: Option<u64>,
@@ -73,11 +78,12 @@ impl Default for Retry {
 }
 
 impl AgentConfig {
-    /// An agent of this host for `resource`, with a report each second and a check of the resource's address.
-    pub fn new(balancer: Uri, resource: v1::Resource) -> Self {
+    /// An agent of this host for `resource` and these balancers, with a report each second and a check of the resource's
+    /// address.
+    pub fn new(balancers: Vec<Uri>, resource: v1::Resource) -> Self {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self {
-            balancer,
+            balancers,
             resource,
             incarnation: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
             report_interval: Duration::from_secs(1),
@@ -107,10 +113,7 @@ impl AgentConfig {
 
     pub(crate) fn validate(&self) -> Result<(), AgentError> {
         self.service()?;
-        let scheme = self.balancer.scheme_str();
-        if !matches!(scheme, Some("http")) || self.balancer.host().is_none() {
-            return Err(AgentError::Balancer { found: self.balancer.to_string() });
-        }
+        self.validate_balancers()?;
         if self.report_interval.is_zero() {
             return Err(AgentError::NoInterval);
         }
@@ -118,6 +121,24 @@ impl AgentConfig {
             Some(cost) if !cost.is_finite() || cost < 0.0 => Err(AgentError::BandwidthCost { found: cost }),
             _ => Ok(()),
         }
+    }
+
+    fn validate_balancers(&self) -> Result<(), AgentError> {
+        if self.balancers.is_empty() {
+            return Err(AgentError::NoBalancer);
+        }
+        let mut seen = HashSet::new();
+        for balancer in &self.balancers {
+            let found = || balancer.to_string();
+            let (Some("http"), Some(host)) = (balancer.scheme_str(), balancer.host()) else {
+                return Err(AgentError::Balancer { found: found() });
+            };
+            // Two registrations of one resource at one balancer would take turns at being its only stream of reports.
+            if !seen.insert((host.to_ascii_lowercase(), balancer.port_u16().unwrap_or(HTTP_PORT))) {
+                return Err(AgentError::BalancerTwice { found: found() });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -132,7 +153,16 @@ pub enum AgentError {
         /// What it is.
         found: String,
     },
-    /// The balancer's address is none.
+    /// There is nobody to register with.
+    #[error("no balancer is named")]
+    NoBalancer,
+    /// One balancer is named more than once.
+    #[error("the balancer {found} is named twice")]
+    BalancerTwice {
+        /// What it is.
+        found: String,
+    },
+    /// A balancer's address is none.
     #[error("the balancer {found:?} is not http://host:port")]
     Balancer {
         /// What it is.

@@ -1,5 +1,5 @@
-//! trimtab's sidecar: it stands beside a service, registers it with a balancer, reports how busy its host or cgroup
-//! is, and deregisters it at the end.
+//! trimtab's sidecar: it stands beside a service, registers it with one or more balancers, reports how busy its host or
+//! cgroup is, and deregisters it at the end.
 //!
 //! Owns: reading utilization ([`utilization`]), and an agent's life ([`Agent`]): waiting for its own service, trying
 //! again, reporting, taking leave. Does not own: the command line, signals, and what a balancer makes of a report.
@@ -12,9 +12,9 @@
 //!     address: "10.0.0.1:5432".into(),
 //!     ..Default::default()
 //! };
-//! let balancer = "http://10.0.0.9:7400".parse().expect("a URI");
+//! let balancers = vec!["http://10.0.0.9:7400".parse().expect("a URI")];
 //! let shutdown = async { drop(tokio::signal::ctrl_c().await) };
-//! agent::run(agent::AgentConfig::new(balancer, resource), shutdown).await
+//! agent::run(agent::AgentConfig::new(balancers, resource), shutdown).await
 //! # }
 //! ```
 #![forbid(unsafe_code)]
@@ -22,6 +22,7 @@
 mod agent;
 mod backoff;
 mod config;
+mod life;
 mod meter;
 mod said;
 mod service;

@@ -25,6 +25,8 @@ pub(crate) struct Meter {
     before: Snapshot,
     before_at: Instant,
     measured: Utilization,
+    /// Whether it says what is absent.
+    speaks: bool,
     /// Dimensions whose absence was said.
     said_absent: HashSet<&'static str>,
     /// What was last said about the override file.
@@ -32,8 +34,8 @@ pub(crate) struct Meter {
 }
 
 impl Meter {
-    /// Takes the first snapshot.
-    pub(crate) fn new(config: &AgentConfig, now: Instant) -> Result<Self, NoSuchCgroup> {
+    /// Takes the first snapshot. One of several meters of one agent `speaks`: it says what is absent, for all.
+    pub(crate) fn new(config: &AgentConfig, now: Instant, speaks: bool) -> Result<Self, NoSuchCgroup> {
         let source = MeterSource::find(&config.source, &config.roots)?;
         let before = Snapshot::read(&source, &config.roots);
         let mut meter = Self {
@@ -45,6 +47,7 @@ impl Meter {
             before,
             before_at: now,
             measured: Utilization::default(),
+            speaks,
             said_absent: HashSet::new(),
             said_file: None,
         };
@@ -67,6 +70,9 @@ impl Meter {
     }
 
     fn say_what_is_absent(&mut self) {
+        if !self.speaks {
+            return;
+        }
         for gap in &self.before.gaps {
             if self.said_absent.insert(gap.dimension) {
                 info!(dimension = gap.dimension, why = gap.why, "not measured: reports go without it");

@@ -1,6 +1,6 @@
 //! Whether the resource's own service answers.
 //!
-//! One task, one connection at a time, apart from reporting: a service that hangs delays no report.
+//! One task for all balancers, one connection at a time, apart from reporting: a service that hangs delays no report.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -10,6 +10,9 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
+use tracing::{info, warn};
+
+use crate::said::Said;
 
 /// Timeouts in a row that count as silence. A lost SYN is sent again after a second, which is as long as a check takes
 /// by default: one alone says more about the network than about the service.
@@ -42,7 +45,7 @@ impl fmt::Display for Service {
     }
 }
 
-/// Checks at each interval for ever, and publishes what changed.
+/// Checks at each interval for ever, publishes what changed, and says it.
 pub(crate) async fn check(
     address: SocketAddr,
     patience: Duration,
@@ -50,6 +53,7 @@ pub(crate) async fn check(
     found: watch::Sender<Service>,
 ) -> Infallible {
     let mut timeouts = 0;
+    let mut troubles = Said::default();
     loop {
         let start = Instant::now();
         let service = match timeout(patience, TcpStream::connect(address)).await {
@@ -63,11 +67,30 @@ pub(crate) async fn check(
         if let Some(service) = service {
             found.send_if_modified(|was| {
                 let changed = *was != service;
+                if changed {
+                    say(address, &service, &mut troubles);
+                }
                 *was = service;
                 changed
             });
         }
         sleep_until(start + interval).await;
+    }
+}
+
+/// Each trouble once until the service answers.
+fn say(address: SocketAddr, service: &Service, troubles: &mut Said) {
+    match service {
+        Service::Unknown => {}
+        Service::Answers => {
+            troubles.forget();
+            info!(%address, "the service answers");
+        }
+        Service::Silent(why) => {
+            if troubles.is_new(why) {
+                warn!(%address, why, "the service does not answer: until it does it is not registered, or not ready");
+            }
+        }
     }
 }
 

@@ -16,11 +16,11 @@ use api::v1::{self, Ack, Notice, Readiness, ReportRequest, ReportResponse, Resou
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status, Streaming};
 use tracing::{debug, info, warn};
 
-use crate::agent::AgentState;
+use crate::agent::{AgentState, Common};
 use crate::config::AgentConfig;
 use crate::meter::{Meter, WINDOW_MIN};
 use crate::said::Said;
@@ -57,8 +57,8 @@ pub(crate) enum Ended {
 }
 
 /// Connects anew.
-pub(crate) async fn connect(config: &AgentConfig) -> Result<Client, Ended> {
-    let endpoint = Endpoint::from(config.balancer.clone())
+pub(crate) async fn connect(balancer: &Uri) -> Result<Client, Ended> {
+    let endpoint = Endpoint::from(balancer.clone())
         .connect_timeout(CALL_PATIENCE)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(PING_INTERVAL)
@@ -95,10 +95,11 @@ pub(crate) async fn register(client: &mut Client, config: &AgentConfig) -> Resul
 
 /// Reports until the stream ends.
 pub(crate) struct Session<'a> {
-    config: &'a AgentConfig,
+    common: &'a Common,
+    /// Which of the configuration's balancers hears it.
+    balancer: usize,
     meter: &'a mut Meter,
     service: &'a mut watch::Receiver<Service>,
-    state: &'a watch::Sender<AgentState>,
     outgoing: mpsc::Sender<ReportRequest>,
     sequence: u64,
     reported_at: Instant,
@@ -115,18 +116,18 @@ impl<'a> Session<'a> {
     /// next failure is a first one.
     pub(crate) async fn report(
         client: &mut Client,
-        config: &'a AgentConfig,
+        common: &'a Common,
+        balancer: usize,
         meter: &'a mut Meter,
         service: &'a mut watch::Receiver<Service>,
-        state: &'a watch::Sender<AgentState>,
     ) -> (Ended, bool) {
         let (outgoing, reports) = mpsc::channel(REPORTS_WAITING_MAX);
         let now = Instant::now();
         let mut session = Self {
-            config,
+            common,
+            balancer,
             meter,
             service,
-            state,
             outgoing,
             sequence: 0,
             reported_at: now,
@@ -147,7 +148,7 @@ impl<'a> Session<'a> {
     }
 
     async fn converse(&mut self, mut incoming: Streaming<ReportResponse>) -> Ended {
-        let patience = (self.config.report_interval * SILENCE_INTERVALS).max(SILENCE_MIN);
+        let patience = (self.common.config.report_interval * SILENCE_INTERVALS).max(SILENCE_MIN);
         loop {
             tokio::select! {
                 message = incoming.message() => match message {
@@ -175,19 +176,19 @@ impl<'a> Session<'a> {
         let readiness = if service.answers() { Readiness::Ready } else { Readiness::NotReady };
         self.sequence += 1;
         let report = ReportRequest {
-            id: self.config.resource.id.clone(),
-            incarnation: self.config.incarnation,
+            id: self.common.config.resource.id.clone(),
+            incarnation: self.common.config.incarnation,
             sequence: self.sequence,
             readiness: readiness.into(),
             utilization: Some(self.meter.report(now.into_std())),
-            balancers: 1,
+            balancers: self.common.balancers_now(self.balancer),
             labels: None,
         };
         if self.outgoing.try_send(report).is_err() {
             debug!(sequence = self.sequence, "the connection takes no report; this one is left out");
         }
         self.reported_at = now;
-        self.next_report = now + self.config.report_interval;
+        self.next_report = now + self.common.config.report_interval;
     }
 
     fn hear(&mut self, response: ReportResponse) {
@@ -204,7 +205,7 @@ impl<'a> Session<'a> {
         self.heard_at = Instant::now();
         self.acks += 1;
         if self.acks == 1 {
-            self.state.send_replace(AgentState::Reporting { since: self.heard_at });
+            self.common.set_state(self.balancer, AgentState::Reporting { since: self.heard_at });
         }
         if ack.refused.is_empty() {
             self.refusals.forget();

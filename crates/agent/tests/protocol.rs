@@ -170,6 +170,18 @@ impl Balancer {
         timeout(DEADLINE, registration).await.expect("no registration was heard")
     }
 
+    /// The next leave, whatever else is heard before.
+    async fn hears_deregister(&mut self) -> DeregisterRequest {
+        let leave = async {
+            loop {
+                if let Heard::Deregister(request) = self.hears().await {
+                    return request;
+                }
+            }
+        };
+        timeout(DEADLINE, leave).await.expect("no leave was heard")
+    }
+
     /// The next report that fits, whatever else is heard before.
     async fn hears_report(&mut self, fits: impl Fn(&ReportRequest) -> bool) -> ReportRequest {
         let report = async {
@@ -199,7 +211,10 @@ struct Running {
 
 impl Running {
     fn start(config: AgentConfig) -> Self {
-        let agent = Agent::new(config).unwrap();
+        Self::run(Agent::new(config).unwrap())
+    }
+
+    fn run(agent: Agent) -> Self {
         let state = agent.state();
         let (shutdown, stopped) = oneshot::channel();
         let task = tokio::spawn(agent.run(async { drop(stopped.await) }));
@@ -225,10 +240,18 @@ fn service() -> TcpListener {
 fn config(balancer: SocketAddr, service: SocketAddr) -> AgentConfig {
     let resource =
         Resource { id: "pg1".into(), pool: "sql".into(), address: service.to_string(), ..Default::default() };
-    let balancer = format!("http://{balancer}").parse().unwrap();
     let milliseconds = Duration::from_millis;
     let retry = Retry { first: milliseconds(20), cap: milliseconds(200), refused: milliseconds(200) };
-    AgentConfig { report_interval: INTERVAL, retry, seed: 7, ..AgentConfig::new(balancer, resource) }
+    AgentConfig {
+        report_interval: INTERVAL,
+        retry,
+        seed: 7,
+        ..AgentConfig::new(vec![uri(balancer)], resource)
+    }
+}
+
+fn uri(balancer: SocketAddr) -> tonic::transport::Uri {
+    format!("http://{balancer}").parse().unwrap()
 }
 
 fn is_reporting(state: &AgentState) -> bool {
@@ -293,7 +316,7 @@ async fn registers_reports_and_deregisters() {
                 assert_eq!((request.id.as_str(), request.incarnation), ("pg1", incarnation));
                 break;
             }
-            Heard::Report(_) => {}
+            Heard::Report(report) => assert_eq!((report.balancers, report.labels), (1, None)),
             Heard::Register(request) => panic!("{request:?}"),
         }
     }
@@ -456,13 +479,73 @@ async fn the_utilization_file_is_read_at_each_report() {
 }
 
 #[tokio::test]
+async fn each_balancer_has_a_registration_of_its_own_and_hears_how_many_there_are() {
+    let mut first = Balancer::any_port();
+    let reserved = TcpListener::bind("127.0.0.1:0").unwrap();
+    let second_address = reserved.local_addr().unwrap();
+    drop(reserved);
+    let service = service();
+    let mut config = config(first.address, service.local_addr().unwrap());
+    config.balancers.push(uri(second_address));
+    let agent = Running::start(config);
+    // One that is away does not delay the other.
+    let report = first.hears_report(|report| report.sequence == 3).await;
+    assert_eq!(report.balancers, 1);
+
+    let mut second = Balancer::start(second_address);
+    second.hears_register().await;
+    assert_eq!(second.hears_report(|report| report.sequence == 1).await.balancers, 2);
+    first.hears_report(|report| report.balancers == 2).await;
+    drop(second);
+    first.hears_report(|report| report.balancers == 1).await;
+    let mut second = Balancer::start(second_address);
+    first.hears_report(|report| report.balancers == 2).await;
+
+    agent.stop().await;
+    for balancer in [&mut first, &mut second] {
+        balancer.hears_deregister().await;
+    }
+}
+
+#[tokio::test]
+async fn a_balancer_that_hangs_delays_no_other_and_no_end_for_long() {
+    let mut well = Balancer::any_port();
+    // Connections are made in its backlog, and nobody ever reads from them.
+    let hangs = TcpListener::bind("127.0.0.1:0").unwrap();
+    let service = service();
+    let mut config = config(well.address, service.local_addr().unwrap());
+    config.balancers.insert(0, uri(hangs.local_addr().unwrap()));
+    let agent = Agent::new(config).unwrap();
+    let mut states = agent.states();
+    let mut agent = Running::run(agent);
+    well.hears_report(|report| report.sequence == 5).await;
+    assert!(is_reporting(&states[1].1.borrow()), "{states:?}");
+    let waits = agent.reaches(|state| matches!(state, AgentState::Waiting { .. })).await;
+    assert!(matches!(&waits, AgentState::Waiting { why, .. } if why.contains("no answer")), "{waits:?}");
+    agent.reaches(|state| matches!(state, AgentState::Registering { .. })).await;
+
+    let start = Instant::now();
+    agent.stop().await;
+    assert!(start.elapsed() < Duration::from_secs(3), "a second, and a busy machine: {:?}", start.elapsed());
+    well.hears_deregister().await;
+    assert_eq!(*states[1].1.borrow_and_update(), AgentState::Deregistered);
+}
+
+#[tokio::test]
 async fn a_configuration_that_makes_no_sense_is_refused_at_once() {
     let good = config(([127, 0, 0, 1], 1).into(), ([127, 0, 0, 1], 2).into());
     let mut bad = good.clone();
     bad.resource.address = "localhost:5432".into();
     assert_eq!(Agent::new(bad).unwrap_err(), AgentError::Address { found: "localhost:5432".into() });
-    let bad = AgentConfig { balancer: "ftp://127.0.0.1:7400".parse().unwrap(), ..good.clone() };
-    assert!(matches!(Agent::new(bad), Err(AgentError::Balancer { .. })));
+    let with_balancers = |urls: &[&str]| {
+        let balancers = urls.iter().map(|url| url.parse().unwrap()).collect();
+        Agent::new(AgentConfig { balancers, ..good.clone() })
+    };
+    assert!(matches!(with_balancers(&["ftp://127.0.0.1:7400"]), Err(AgentError::Balancer { .. })));
+    assert_eq!(with_balancers(&[]).unwrap_err(), AgentError::NoBalancer);
+    let twice = with_balancers(&["http://b.example", "http://c.example", "http://B.example:80/"]);
+    assert_eq!(twice.unwrap_err(), AgentError::BalancerTwice { found: "http://B.example:80/".into() });
+    assert_eq!(with_balancers(&["http://127.0.0.1:1", "http://127.0.0.1:2"]).unwrap().states().len(), 2);
     let bad = AgentConfig { report_interval: Duration::ZERO, ..good.clone() };
     assert_eq!(Agent::new(bad).unwrap_err(), AgentError::NoInterval);
 

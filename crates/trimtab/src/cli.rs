@@ -148,9 +148,10 @@ pub struct AgentArgs {
     /// Where the resource serves: IP:PORT, as the balancer reaches it.
     #[arg(long, value_name = "IP:PORT", value_parser = parse_backend)]
     pub address: SocketAddr,
-    /// The balancer's control address.
+    /// The balancer's control address: http://HOST:PORT. Repeat it to register with several balancers; one that is
+    /// away delays no other.
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7400", value_parser = parse_control)]
-    pub balancer: String,
+    pub balancer: Vec<String>,
     /// The resource's identity, unique within the balancer. [default: host name and address]
     #[arg(long, value_parser = parse_id)]
     pub id: Option<ResourceId>,

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use agent::{AgentConfig, ServiceCheck, Source};
 use api::v1::Resource;
+use tonic::transport::Uri;
 
 use crate::cli::AgentArgs;
 use crate::failure::Failure;
@@ -34,7 +35,11 @@ fn configuration(args: AgentArgs) -> Result<AgentConfig, Failure> {
         Failure::Usage(Problem::new(format!("{what}: {error}"), "see `trimtab agent --help`"))
     };
     let pool: allocation::PoolName = args.pool.parse().map_err(|error| usage("--pool", &error))?;
-    let balancer = args.balancer.parse().map_err(|error| usage("--balancer", &error))?;
+    let mut balancers = Vec::new();
+    for balancer in &args.balancer {
+        let balancer: Uri = balancer.parse().map_err(|error| usage("--balancer", &error))?;
+        balancers.push(balancer);
+    }
     let id = match args.id {
         Some(id) => id.to_string(),
         None => default_id(&host_name(), args.address),
@@ -55,7 +60,7 @@ fn configuration(args: AgentArgs) -> Result<AgentConfig, Failure> {
         weight: args.weight,
         probe_address: String::new(),
     };
-    let mut config = AgentConfig::new(balancer, resource);
+    let mut config = AgentConfig::new(balancers, resource);
     config.report_interval = args.report_interval;
     config.source = args.cgroup.map_or(Source::Host, Source::Cgroup);
     config.utilization_file = args.utilization_file;
