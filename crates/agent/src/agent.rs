@@ -21,6 +21,7 @@ use tokio::time::Instant;
 use tonic::transport::Uri;
 
 use crate::config::{AgentConfig, AgentError};
+use crate::file::UtilizationFile;
 use crate::life::Life;
 use crate::service::{self, Service};
 
@@ -98,7 +99,8 @@ impl Agent {
     /// When the service answers and its cgroup does not exist.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), AgentError> {
         let (service_sender, service) = watch::channel(Service::Unknown);
-        let common = Arc::new(Common { config: self.config, service, states: self.states });
+        let file = UtilizationFile::new(&self.config);
+        let common = Arc::new(Common { config: self.config, file, service, states: self.states });
         let stop = watch::Sender::new(false);
         let mut lives = JoinSet::new();
         for balancer in 0..common.config.balancers.len() {
@@ -107,6 +109,7 @@ impl Agent {
         let result = tokio::select! {
             error = first_error(&mut lives) => Err(error),
             never = check_service(&common.config, service_sender) => match never? {},
+            never = common.file.watch() => match never {},
             () = shutdown => Ok(()),
         };
         stop.send_replace(true);
@@ -122,6 +125,7 @@ impl Agent {
 #[derive(Debug)]
 pub(crate) struct Common {
     pub(crate) config: AgentConfig,
+    pub(crate) file: UtilizationFile,
     pub(crate) service: watch::Receiver<Service>,
     states: Vec<watch::Sender<AgentState>>,
 }

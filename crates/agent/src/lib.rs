@@ -22,6 +22,7 @@
 mod agent;
 mod backoff;
 mod config;
+mod file;
 mod life;
 mod meter;
 mod said;

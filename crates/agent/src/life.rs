@@ -136,7 +136,7 @@ impl Life {
         };
         self.client = Some(client.clone());
         self.may_be_registered = true;
-        if let Err(ended) = session::register(&mut client, &self.common.config).await {
+        if let Err(ended) = session::register(&mut client, &self.common).await {
             return (ended, false);
         }
         Session::report(&mut client, &self.common, self.index, meter, &mut self.service).await

@@ -1,11 +1,10 @@
 //! Measures at each report, and says once what cannot be measured.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use api::orca::OrcaLoadReport;
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::config::AgentConfig;
 use crate::utilization::{MeterSource, NoSuchCgroup, Override, Roots, Snapshot, Utilization, fastest_bps};
@@ -19,7 +18,6 @@ pub(crate) const WINDOW_MIN: Duration = Duration::from_millis(100);
 pub(crate) struct Meter {
     source: MeterSource,
     roots: Roots,
-    override_file: Option<PathBuf>,
     bandwidth_capacity_bps: Option<u64>,
     bandwidth_cost: Option<f64>,
     before: Snapshot,
@@ -29,8 +27,6 @@ pub(crate) struct Meter {
     speaks: bool,
     /// Dimensions whose absence was said.
     said_absent: HashSet<&'static str>,
-    /// What was last said about the override file.
-    said_file: Option<String>,
 }
 
 impl Meter {
@@ -41,7 +37,6 @@ impl Meter {
         let mut meter = Self {
             source,
             roots: config.roots.clone(),
-            override_file: config.utilization_file.clone(),
             bandwidth_capacity_bps: config.bandwidth_capacity_bps,
             bandwidth_cost: config.bandwidth_cost,
             before,
@@ -49,14 +44,13 @@ impl Meter {
             measured: Utilization::default(),
             speaks,
             said_absent: HashSet::new(),
-            said_file: None,
         };
         meter.say_what_is_absent();
         Ok(meter)
     }
 
-    /// The utilization since the last call, as a report. Called again within [`WINDOW_MIN`] it repeats the last one.
-    pub(crate) fn report(&mut self, now: Instant) -> OrcaLoadReport {
+    /// The utilization since the last call, as a report, with `over` above what was measured. Called again within [`WINDOW_MIN`] it repeats the last one.
+    pub(crate) fn report(&mut self, now: Instant, over: &Override) -> OrcaLoadReport {
         let elapsed = now.saturating_duration_since(self.before_at);
         if elapsed >= WINDOW_MIN {
             let after = Snapshot::read(&self.source, &self.roots);
@@ -65,8 +59,7 @@ impl Meter {
             self.before_at = now;
             self.say_what_is_absent();
         }
-        let over = self.read_override();
-        to_orca(&self.measured, &over, self.bandwidth_cost)
+        to_orca(&self.measured, over, self.bandwidth_cost)
     }
 
     fn say_what_is_absent(&mut self) {
@@ -84,22 +77,6 @@ impl Meter {
             let why = "no interface knows its speed: state the capacity to have it reported";
             info!(dimension = "bandwidth", why, "not measured: reports go without it");
         }
-    }
-
-    fn read_override(&mut self) -> Override {
-        let Some(path) = &self.override_file else { return Override::default() };
-        let error = match Override::read(path) {
-            Ok(read) => {
-                self.said_file = None;
-                return read;
-            }
-            Err(error) => error.to_string(),
-        };
-        if self.said_file.as_ref() != Some(&error) {
-            warn!(file = %path.display(), error, "the utilization file is ignored");
-            self.said_file = Some(error);
-        }
-        Override::default()
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use api::v1::registration_service_client::RegistrationServiceClient;
 use api::v1::report_response::Event;
-use api::v1::{self, Ack, Notice, Readiness, ReportRequest, ReportResponse, ResourceState};
+use api::v1::{self, Ack, Labels, Notice, Readiness, ReportRequest, ReportResponse, ResourceState};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -21,7 +21,6 @@ use tonic::{Code, Status, Streaming};
 use tracing::{debug, info, warn};
 
 use crate::agent::{AgentState, Common};
-use crate::config::AgentConfig;
 use crate::meter::{Meter, WINDOW_MIN};
 use crate::said::Said;
 use crate::service::Service;
@@ -71,10 +70,16 @@ pub(crate) async fn connect(balancer: &Uri) -> Result<Client, Ended> {
     Ok(RegistrationServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX))
 }
 
-/// Registers.
-pub(crate) async fn register(client: &mut Client, config: &AgentConfig) -> Result<(), Ended> {
+/// Registers, with the labels of this moment.
+pub(crate) async fn register(client: &mut Client, common: &Common) -> Result<(), Ended> {
+    let config = &common.config;
+    let mut resource = config.resource.clone();
+    common.file.read();
+    if let Some(labels) = common.file.labels().borrow().clone() {
+        resource.labels = labels.entries;
+    }
     let request = v1::RegisterRequest {
-        resource: Some(config.resource.clone()),
+        resource: Some(resource),
         incarnation: config.incarnation,
         report_interval: prost_types::Duration::try_from(config.report_interval).ok(),
     };
@@ -100,6 +105,7 @@ pub(crate) struct Session<'a> {
     balancer: usize,
     meter: &'a mut Meter,
     service: &'a mut watch::Receiver<Service>,
+    labels: watch::Receiver<Option<Labels>>,
     outgoing: mpsc::Sender<ReportRequest>,
     sequence: u64,
     reported_at: Instant,
@@ -128,6 +134,7 @@ impl<'a> Session<'a> {
             balancer,
             meter,
             service,
+            labels: common.file.labels(),
             outgoing,
             sequence: 0,
             reported_at: now,
@@ -157,7 +164,8 @@ impl<'a> Session<'a> {
                     Err(status) => return meaning(&status),
                 },
                 () = sleep_until(self.next_report) => self.send_report(Instant::now()),
-                () = service_changed(self.service) => self.report_soon(),
+                () = changed(self.service) => self.report_soon(),
+                () = changed(&mut self.labels) => self.report_soon(),
                 () = sleep_until(self.heard_at + patience) => {
                     return Ended::Lost(format!("no ack for {patience:?}"));
                 }
@@ -175,14 +183,16 @@ impl<'a> Session<'a> {
         let service = self.service.borrow_and_update().clone();
         let readiness = if service.answers() { Readiness::Ready } else { Readiness::NotReady };
         self.sequence += 1;
+        // The labels are what this reading says: it comes first.
+        let over = self.common.file.read();
         let report = ReportRequest {
             id: self.common.config.resource.id.clone(),
             incarnation: self.common.config.incarnation,
             sequence: self.sequence,
             readiness: readiness.into(),
-            utilization: Some(self.meter.report(now.into_std())),
+            utilization: Some(self.meter.report(now.into_std(), &over)),
             balancers: self.common.balancers_now(self.balancer),
-            labels: None,
+            labels: self.labels.borrow_and_update().clone(),
         };
         if self.outgoing.try_send(report).is_err() {
             debug!(sequence = self.sequence, "the connection takes no report; this one is left out");
@@ -220,9 +230,9 @@ impl<'a> Session<'a> {
     }
 }
 
-/// Resolves when the service starts or stops answering; never, where it is not checked.
-async fn service_changed(service: &mut watch::Receiver<Service>) {
-    if service.changed().await.is_err() {
+/// Resolves when the service starts or stops answering, or labels change; never, where nobody looks.
+async fn changed<T>(watched: &mut watch::Receiver<T>) {
+    if watched.changed().await.is_err() {
         std::future::pending().await
     }
 }

@@ -479,6 +479,42 @@ async fn the_utilization_file_is_read_at_each_report() {
 }
 
 #[tokio::test]
+async fn labels_of_the_utilization_file_are_reported_soon() {
+    let mut balancer = Balancer::any_port();
+    let service = service();
+    let file = TemporaryFile::new("labels.json");
+    let mut config = config(balancer.address, service.local_addr().unwrap());
+    let labels = |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
+    config.resource.labels = labels(&[("zone", "eu"), ("role", "reader")]);
+    config.utilization_file = Some(file.0.clone());
+    // What comes within the deadline comes ahead of the interval.
+    config.report_interval = Duration::from_secs(600);
+    let agent = Running::start(config);
+    let resource = balancer.hears_register().await.resource.unwrap();
+    assert_eq!(resource.labels, labels(&[("zone", "eu"), ("role", "reader")]));
+    assert_eq!(balancer.hears_report(|report| report.sequence == 1).await.labels, None);
+
+    let reported = |report: &ReportRequest| report.labels.clone().map(|labels| labels.entries);
+    let writer = labels(&[("zone", "eu"), ("role", "writer")]);
+    file.holds(r#"{"labels": {"role": "writer"}}"#);
+    balancer.hears_report(|report| reported(report).as_ref() == Some(&writer)).await;
+    // One that is wrong changes no label, and a registration has those of its time.
+    file.holds(r#"{"labels": {"a key": ""}}"#);
+    balancer.manners(|manners| manners.report = Answer::EndStream(Code::NotFound));
+    file.holds(r#"{"labels": {"role": "writer", "fts": "true"}}"#);
+    let full = labels(&[("zone", "eu"), ("role", "writer"), ("fts", "true")]);
+    balancer.hears_report(|report| reported(report).as_ref() == Some(&full)).await;
+    assert_eq!(balancer.hears_register().await.resource.unwrap().labels, full);
+    balancer.manners(|manners| manners.report = Answer::Ack);
+    balancer.hears_report(|report| reported(report).as_ref() == Some(&full)).await;
+
+    file.holds("{}");
+    let flags = labels(&[("zone", "eu"), ("role", "reader")]);
+    balancer.hears_report(|report| reported(report).as_ref() == Some(&flags)).await;
+    agent.stop().await;
+}
+
+#[tokio::test]
 async fn each_balancer_has_a_registration_of_its_own_and_hears_how_many_there_are() {
     let mut first = Balancer::any_port();
     let reserved = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -162,6 +162,11 @@ pub struct AgentArgs {
     #[arg(long, value_name = "CGROUP")]
     pub cgroup: Option<PathBuf>,
     /// Read utilization from this JSON file at each report; what it has stands before what is measured.
+    ///
+    /// All keys: {"cpu": 0.95, "memory": 0.2, "utilization": {"swap": 0.1}, "application": 0.9,
+    /// "operations_per_second": 120, "errors_per_second": 0, "named_metrics": {"operations": 81234},
+    /// "labels": {"role": "writer"}}. Its labels stand before those of --label, and a change of them is reported at
+    /// once. Replace it by a rename.
     #[arg(long, value_name = "FILE")]
     pub utilization_file: Option<PathBuf>,
     /// The network's capacity in bits a second: 100M, 1G. [default: what the interface says]
@@ -170,8 +175,8 @@ pub struct AgentArgs {
     /// What a gigabyte of traffic costs here, in any currency that the resources of a pool share.
     #[arg(long, value_name = "COST", value_parser = parse_cost)]
     pub bandwidth_cost: Option<f64>,
-    /// What the resource is or can do: KEY=VALUE. Repeat it for more.
-    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_label)]
+    /// What the resource is or can do: KEY=VALUE, or KEY for KEY=true. Repeat it for more.
+    #[arg(long, value_name = "KEY[=VALUE]", value_parser = parse_label)]
     pub label: Vec<(String, String)>,
     /// The version of the service, for people and for requirements.
     #[arg(long, value_name = "VERSION", default_value = "", hide_default_value = true)]
@@ -387,16 +392,17 @@ fn parse_weight(text: &str) -> Result<f64, Problem> {
         .ok_or_else(|| Problem::new(format!("{text:?} is not a weight"), "write a number above 0 up to 1000"))
 }
 
+/// `KEY=VALUE`; `KEY` alone means `KEY=true`.
 fn parse_label(text: &str) -> Result<(String, String), Problem> {
-    match text.split_once('=') {
-        Some((key, value)) if (1..=64).contains(&key.len()) && value.len() <= 256 => {
-            Ok((key.into(), value.into()))
-        }
-        _ => Err(Problem::new(
-            format!("{text:?} is not a label"),
-            "write KEY=VALUE, the key of up to 64 and the value of up to 256 bytes",
-        )),
+    let (key, value) = text.split_once('=').unwrap_or((text, "true"));
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | ':' | '/' | '-');
+    if (1..=64).contains(&key.len()) && key.chars().all(plain) && value.len() <= 256 {
+        return Ok((key.into(), value.into()));
     }
+    Err(Problem::new(
+        format!("{text:?} is not a label"),
+        "write KEY=VALUE or KEY: the key of up to 64 of A-Z a-z 0-9 . _ : / -, the value of up to 256 bytes",
+    ))
 }
 
 #[cfg(test)]
@@ -447,7 +453,10 @@ mod tests {
             ["--weight", "NaN"],
             ["--weight", "0"],
             ["--report-interval", "10ms"],
-            ["--label", "novalue"],
+            ["--label", "=value"],
+            ["--label", "a key"],
+            ["--label", ""],
+            ["--balancer", "10.0.0.9"],
             ["--bandwidth", "fast"],
             ["--bandwidth-cost", "nan"],
             ["--id", "a b"],
@@ -460,5 +469,23 @@ mod tests {
             let error = Cli::try_parse_from(&line).expect_err(wrong[1]);
             assert_eq!(error.kind(), clap::error::ErrorKind::ValueValidation, "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn labels_and_balancers() {
+        let agent = |flags: &[&str]| {
+            let line = ["trimtab", "agent", "--pool", "sql", "--address", "10.0.0.1:5432"];
+            let parsed = Cli::try_parse_from(line.iter().chain(flags));
+            let Ok(Cli { command: Command::Agent(agent), .. }) = parsed else { panic!("{parsed:?}") };
+            agent
+        };
+        let bare = agent(&[]);
+        assert_eq!(bare.balancer, ["http://127.0.0.1:7400"]);
+        let flags =
+            ["--balancer", "b1:7400", "--balancer", "http://b2:7400", "--label", "fts", "--label", "role="];
+        let full = agent(&[&flags[..], &["--label", "zone=eu=1"]].concat());
+        assert_eq!(full.balancer, ["http://b1:7400", "http://b2:7400"]);
+        let labels = [("fts", "true"), ("role", ""), ("zone", "eu=1")].map(|(k, v)| (k.into(), v.into()));
+        assert_eq!(full.label, labels);
     }
 }

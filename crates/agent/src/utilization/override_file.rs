@@ -2,8 +2,11 @@
 //!
 //! ```json
 //! {"cpu": 0.95, "memory": 0.2, "utilization": {"swap": 0.1}, "application": 0.9,
-//!  "operations_per_second": 120.0, "errors_per_second": 0, "named_metrics": {"operations": 81234}}
+//!  "operations_per_second": 120.0, "errors_per_second": 0, "named_metrics": {"operations": 81234},
+//!  "labels": {"role": "writer"}, "in_flight": 12, "latency_ms": 3.5}
 //! ```
+//!
+//! One value out of bounds and the whole file is refused: half of what it says might mean something else.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -14,7 +17,11 @@ use serde::Deserialize;
 /// Largest file that is read.
 const FILE_BYTES_MAX: u64 = 64 * 1024;
 /// Most entries of each of its maps; a balancer takes no more.
-const ENTRIES_MAX: usize = 64;
+pub(crate) const ENTRIES_MAX: usize = 64;
+/// Longest key of a label; a balancer takes no longer one.
+const LABEL_KEY_BYTES_MAX: usize = 64;
+/// Longest value of a label; a balancer takes no longer one.
+const LABEL_BYTES_MAX: usize = 256;
 
 /// What the file names; the rest stays as measured.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -36,6 +43,13 @@ pub struct Override {
     /// Further metrics by name, any finite number: `operations` (a running total), or one's own.
     #[serde(default)]
     pub named_metrics: BTreeMap<String, f64>,
+    /// Labels that stand above those the agent was started with: what the resource became since (`role`: `writer`).
+    /// Keys of 1 to 64 characters of `[A-Za-z0-9._:/-]`, values of up to 256 bytes.
+    pub labels: Option<BTreeMap<String, String>>,
+    /// Requests that the application serves now, for probes; its own count is better than one of connections.
+    pub in_flight: Option<u32>,
+    /// How long one request takes lately, in milliseconds, for probes; 0 or more, 0 stands for not known.
+    pub latency_ms: Option<f64>,
 }
 
 /// Why the file is ignored. The operator, or whatever writes it, can mend it.
@@ -60,6 +74,14 @@ pub enum OverrideError {
         value: f64,
         /// What would do.
         range: &'static str,
+    },
+    /// A label is none that a balancer takes.
+    #[error("labels has {key:?}; {takes}")]
+    Label {
+        /// The key.
+        key: String,
+        /// What would do.
+        takes: &'static str,
     },
     /// A map has too many entries.
     #[error("{key} has {count} entries; it takes at most {ENTRIES_MAX}")]
@@ -104,6 +126,7 @@ impl Override {
             ("application", parsed.application, f64::INFINITY, positive),
             ("operations_per_second", parsed.operations_per_second, f64::INFINITY, positive),
             ("errors_per_second", parsed.errors_per_second, f64::INFINITY, positive),
+            ("latency_ms", parsed.latency_ms, f64::INFINITY, positive),
         ];
         for (key, value, most, range) in scalars {
             if let Some(value) = value {
@@ -118,8 +141,29 @@ impl Override {
                 return Err(OverrideError::TooMany { key, count: map.len() });
             }
         }
+        if let Some(labels) = &parsed.labels {
+            labels_in_range(labels)?;
+        }
         Ok(parsed)
     }
+}
+
+fn labels_in_range(labels: &BTreeMap<String, String>) -> Result<(), OverrideError> {
+    if labels.len() > ENTRIES_MAX {
+        return Err(OverrideError::TooMany { key: "labels", count: labels.len() });
+    }
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | ':' | '/' | '-');
+    for (key, value) in labels {
+        let takes = if !(1..=LABEL_KEY_BYTES_MAX).contains(&key.len()) || !key.chars().all(plain) {
+            "a key takes 1 to 64 characters of A-Z a-z 0-9 . _ : / -"
+        } else if value.len() > LABEL_BYTES_MAX {
+            "its value takes up to 256 bytes"
+        } else {
+            continue;
+        };
+        return Err(OverrideError::Label { key: key.clone(), takes });
+    }
+    Ok(())
 }
 
 /// JSON has neither NaN nor infinity, so a value that was parsed is finite.
@@ -138,12 +182,15 @@ mod tests {
     #[test]
     fn the_documented_example() {
         let text = br#"{"cpu": 0.95, "memory": 0.2, "utilization": {"swap": 0.1}, "application": 0.9,
-            "operations_per_second": 120.0, "errors_per_second": 0, "named_metrics": {"operations": 81234}}"#;
+            "operations_per_second": 120.0, "errors_per_second": 0, "named_metrics": {"operations": 81234},
+            "labels": {"role": "writer"}, "in_flight": 12, "latency_ms": 3.5}"#;
         let parsed = Override::parse(text).unwrap();
         assert_eq!(parsed.cpu, Some(0.95));
         assert_eq!(parsed.utilization["swap"], 0.1);
         assert_eq!(parsed.errors_per_second, Some(0.0));
         assert_eq!(parsed.named_metrics["operations"], 81234.0);
+        assert_eq!(parsed.labels.unwrap()["role"], "writer");
+        assert_eq!((parsed.in_flight, parsed.latency_ms), (Some(12), Some(3.5)));
         assert_eq!(Override::parse(b"{}").unwrap(), Override::default());
     }
 
@@ -157,6 +204,25 @@ mod tests {
             "utilization.swap is 7; it takes a ratio from 0 to 1"
         );
         assert!(said(r#"{"cpus": 0.5}"#).contains("unknown field `cpus`"));
+        assert_eq!(said(r#"{"latency_ms": -1}"#), "latency_ms is -1; it takes a number of 0 or more");
+        for wrong in ["-1", "1.5", "4294967296", "\"many\""] {
+            assert!(
+                said(&format!("{{\"in_flight\": {wrong}}}")).starts_with("is not as expected"),
+                "{wrong}"
+            );
+        }
+        assert!(
+            said(r#"{"labels": {"a key": ""}}"#).starts_with("labels has \"a key\"; a key takes 1 to 64")
+        );
+        assert!(said(r#"{"labels": {"": ""}}"#).starts_with("labels has \"\"; a key takes 1 to 64"));
+        let long = "x".repeat(257);
+        assert_eq!(
+            said(&format!(r#"{{"labels": {{"k": "{long}"}}}}"#)),
+            "labels has \"k\"; its value takes up to 256 bytes"
+        );
+        let labels: Vec<String> = (0..65).map(|n| format!("\"k{n}\": \"\"")).collect();
+        let labels = format!("{{\"labels\": {{{}}}}}", labels.join(","));
+        assert_eq!(said(&labels), "labels has 65 entries; it takes at most 64");
         assert!(said(r#"{"cpu": 1e999}"#).starts_with("is not as expected"));
         assert!(said("").starts_with("is not as expected"));
         let many: Vec<String> = (0..65).map(|n| format!("\"k{n}\": 0.5")).collect();
