@@ -12,18 +12,21 @@
 
 use std::convert::Infallible;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::net::UdpSocket;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tonic::transport::Uri;
 
-use crate::config::{AgentConfig, AgentError};
+use crate::config::{AgentConfig, AgentError, ServiceCheck};
 use crate::file::UtilizationFile;
 use crate::life::Life;
-use crate::service::{self, Service};
+use crate::probe;
+use crate::service::{self, ConnectTime, Service};
 
 /// Longest time between two checks of the service, under long report intervals.
 const CHECK_INTERVAL_MAX: Duration = Duration::from_secs(5);
@@ -75,8 +78,11 @@ impl Agent {
     ///
     /// # Errors
     /// When the configuration makes no sense; see [`AgentError`].
-    pub fn new(config: AgentConfig) -> Result<Self, AgentError> {
+    pub fn new(mut config: AgentConfig) -> Result<Self, AgentError> {
         config.validate()?;
+        if let Some(probe) = config.probe {
+            config.resource.probe_address = probe.to_string();
+        }
         let states = config.balancers.iter().map(|_| watch::Sender::new(AgentState::CheckingService));
         Ok(Self { states: states.collect(), config })
     }
@@ -96,11 +102,15 @@ impl Agent {
     /// Runs until `shutdown` resolves, then deregisters everywhere, which takes a second at most.
     ///
     /// # Errors
-    /// When the service answers and its cgroup does not exist.
+    /// When the address for probes cannot be had, or the service answers and its cgroup does not exist.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), AgentError> {
         let (service_sender, service) = watch::channel(Service::Unknown);
         let file = UtilizationFile::new(&self.config);
-        let common = Arc::new(Common { config: self.config, file, service, states: self.states });
+        let connect_time = ConnectTime::default();
+        let common =
+            Arc::new(Common { config: self.config, file, service, connect_time, states: self.states });
+        // Before anybody is told of it.
+        let probes = bind_probes(&common.config).await?;
         let stop = watch::Sender::new(false);
         let mut lives = JoinSet::new();
         for balancer in 0..common.config.balancers.len() {
@@ -108,7 +118,8 @@ impl Agent {
         }
         let result = tokio::select! {
             error = first_error(&mut lives) => Err(error),
-            never = check_service(&common.config, service_sender) => match never? {},
+            never = check_service(&common, service_sender) => match never? {},
+            never = answer_probes(probes, &common) => match never {},
             never = common.file.watch() => match never {},
             () = shutdown => Ok(()),
         };
@@ -127,6 +138,7 @@ pub(crate) struct Common {
     pub(crate) config: AgentConfig,
     pub(crate) file: UtilizationFile,
     pub(crate) service: watch::Receiver<Service>,
+    pub(crate) connect_time: ConnectTime,
     states: Vec<watch::Sender<AgentState>>,
 }
 
@@ -166,13 +178,28 @@ fn unless_panicked(ended: Result<Result<(), AgentError>, tokio::task::JoinError>
     }
 }
 
-async fn check_service(
-    config: &AgentConfig,
-    found: watch::Sender<Service>,
-) -> Result<Infallible, AgentError> {
-    let Some((address, patience)) = config.service()? else {
+async fn check_service(common: &Common, found: watch::Sender<Service>) -> Result<Infallible, AgentError> {
+    let config = &common.config;
+    let ServiceCheck::Tcp { timeout: patience } = config.check else {
         found.send_replace(Service::Answers);
         return std::future::pending().await;
     };
-    Ok(service::check(address, patience, config.report_interval.min(CHECK_INTERVAL_MAX), found).await)
+    let interval = config.report_interval.min(CHECK_INTERVAL_MAX);
+    Ok(service::check(config.address()?, patience, interval, found, &common.connect_time).await)
+}
+
+/// Where probes are answered, and of what.
+async fn bind_probes(config: &AgentConfig) -> Result<Option<(UdpSocket, SocketAddr)>, AgentError> {
+    let Some(address) = config.probe else { return Ok(None) };
+    match UdpSocket::bind(address).await {
+        Ok(socket) => Ok(Some((socket, config.address()?))),
+        Err(error) => Err(AgentError::ProbeBind { address, why: error.to_string() }),
+    }
+}
+
+async fn answer_probes(probes: Option<(UdpSocket, SocketAddr)>, common: &Arc<Common>) -> Infallible {
+    match probes {
+        Some((socket, service)) => probe::answer(socket, service, Arc::clone(common)).await,
+        None => std::future::pending().await,
+    }
 }

@@ -38,6 +38,9 @@ pub struct AgentConfig {
     pub bandwidth_cost: Option<f64>,
     /// How to find out whether the resource's own service answers.
     pub check: ServiceCheck,
+    /// Where to answer a balancer's probes, by UDP; an address of the resource's host, neither unspecified nor of port 0.
+    /// It stands for the resource's `probe_address`. Unset: they are not answered here.
+    pub probe: Option<SocketAddr>,
     /// How to try again.
     pub retry: Retry,
     /// Decides all that is random: the jitter of pauses. Agents that start at once should differ in it.
@@ -93,26 +96,28 @@ impl AgentConfig {
             bandwidth_capacity_bps: None,
             bandwidth_cost: None,
             check: ServiceCheck::Tcp { timeout: Duration::from_secs(1) },
+            probe: None,
             retry: Retry::default(),
             seed: u64::from(since_1970.subsec_nanos()) ^ (u64::from(std::process::id()) << 32),
         }
     }
 
-    /// The address that the service check connects to.
-    pub(crate) fn service(&self) -> Result<Option<(SocketAddr, Duration)>, AgentError> {
-        match self.check {
-            ServiceCheck::None => Ok(None),
-            ServiceCheck::Tcp { timeout } => {
-                let address = self.resource.address.parse();
-                let address =
-                    address.map_err(|_| AgentError::Address { found: self.resource.address.clone() })?;
-                Ok(Some((address, timeout)))
-            }
-        }
+    /// Where the service is, for those who have to know.
+    pub(crate) fn address(&self) -> Result<SocketAddr, AgentError> {
+        let found = &self.resource.address;
+        found.parse().map_err(|_| AgentError::Address { found: found.clone() })
     }
 
     pub(crate) fn validate(&self) -> Result<(), AgentError> {
-        self.service()?;
+        if self.check != ServiceCheck::None || self.probe.is_some() {
+            self.address()?;
+        }
+        match self.probe {
+            Some(found) if found.port() == 0 || found.ip().is_unspecified() => {
+                return Err(AgentError::Probe { found });
+            }
+            _ => {}
+        }
         self.validate_balancers()?;
         if self.report_interval.is_zero() {
             return Err(AgentError::NoInterval);
@@ -167,6 +172,20 @@ pub enum AgentError {
     Balancer {
         /// What it is.
         found: String,
+    },
+    /// The address for probes is none that a balancer could send to.
+    #[error("the address for probes {found} is not one to send to; name an address of this host and a port")]
+    Probe {
+        /// What it is.
+        found: SocketAddr,
+    },
+    /// The system does not give the address for probes: it is in use, or not of this host.
+    #[error("cannot answer probes at {address}: {why}")]
+    ProbeBind {
+        /// What it is.
+        address: SocketAddr,
+        /// What the system says.
+        why: String,
     },
     /// A report interval of nothing.
     #[error("the report interval is 0; the balancer takes 100 ms to 1 h")]

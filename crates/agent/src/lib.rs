@@ -2,7 +2,7 @@
 //! cgroup is, and deregisters it at the end.
 //!
 //! Owns: reading utilization ([`utilization`]), and an agent's life ([`Agent`]): waiting for its own service, trying
-//! again, reporting, taking leave. Does not own: the command line, signals, and what a balancer makes of a report.
+//! again, reporting, answering probes, taking leave. Does not own: the command line, signals, and what a balancer makes of a report.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), agent::AgentError> {
@@ -22,9 +22,11 @@
 mod agent;
 mod backoff;
 mod config;
+mod connections;
 mod file;
 mod life;
 mod meter;
+mod probe;
 mod said;
 mod service;
 mod session;

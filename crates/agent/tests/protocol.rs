@@ -3,6 +3,7 @@
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -10,9 +11,10 @@ use agent::{Agent, AgentConfig, AgentError, AgentState, Retry, ServiceCheck, Sou
 use api::v1::registration_service_server::{RegistrationService, RegistrationServiceServer};
 use api::v1::report_response::Event;
 use api::v1::{
-    Ack, DeregisterRequest, DeregisterResponse, Readiness, RegisterRequest, RegisterResponse, ReportNow,
-    ReportRequest, ReportResponse, Resource, ResourceState,
+    Ack, DeregisterRequest, DeregisterResponse, ProbeRequest, ProbeResponse, Readiness, RegisterRequest,
+    RegisterResponse, ReportNow, ReportRequest, ReportResponse, Resource, ResourceState,
 };
+use prost::Message;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -568,6 +570,105 @@ async fn a_balancer_that_hangs_delays_no_other_and_no_end_for_long() {
 }
 
 #[tokio::test]
+async fn probes_are_answered_with_what_the_service_has_now() {
+    let (_guard, log) = capture_log();
+    let mut balancer = Balancer::any_port();
+    let listener = service();
+    let service_address = listener.local_addr().unwrap();
+    let file = TemporaryFile::new("probes.json");
+    let mut config = config(balancer.address, service_address);
+    config.utilization_file = Some(file.0.clone());
+    let probe = free_udp_port();
+    config.probe = Some(probe);
+    let mut open: Vec<_> = (0..7)
+        .map(|_| (std::net::TcpStream::connect(service_address).unwrap(), listener.accept().unwrap()))
+        .collect();
+    let agent = Running::start(config);
+    let resource = balancer.hears_register().await.resource.unwrap();
+    assert_eq!(resource.probe_address, probe.to_string());
+
+    let mut prober = Prober::new(probe).await;
+    // The agent's own check is there for a moment at each interval.
+    let answer = prober.sees(|answer| answer.in_flight == 7 && answer.ready).await;
+    assert!(answer.latency_micros > 0, "the check took some time: {answer:?}");
+    open.truncate(3);
+    prober.sees(|answer| answer.in_flight == 3).await;
+
+    // Shorter than its answer: the next one is answered first.
+    let short = ProbeRequest { nonce: u64::MAX, padding: Vec::new() }.encode_to_vec();
+    prober.socket.send(&short).await.unwrap();
+    prober.socket.send(&[]).await.unwrap();
+    prober.socket.send(&[0xff; 48]).await.unwrap();
+    let nonce = prober.ask().await;
+    loop {
+        let answered = prober.hears().await.nonce;
+        assert!((1 << 40..=nonce).contains(&answered), "{answered:x} was not to be answered");
+        if answered == nonce {
+            break;
+        }
+    }
+
+    file.holds(r#"{"in_flight": 12, "latency_ms": 3.5}"#);
+    prober.sees(|answer| (answer.in_flight, answer.latency_micros) == (12, 3500)).await;
+    drop(listener);
+    prober.sees(|answer| !answer.ready).await;
+    agent.stop().await;
+    assert!(!log().contains("cannot be counted"), "{}", log());
+}
+
+#[tokio::test]
+async fn a_flood_of_probes_starves_no_report() {
+    let mut balancer = Balancer::any_port();
+    let service = service();
+    let mut config = config(balancer.address, service.local_addr().unwrap());
+    let probe = free_udp_port();
+    config.probe = Some(probe);
+    let agent = Running::start(config);
+    let first = balancer.hears_report(|_| true).await.sequence;
+    let flooding = Arc::new(AtomicBool::new(true));
+    let flood = std::thread::spawn({
+        let flooding = Arc::clone(&flooding);
+        move || {
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+            let request = probe_request(1);
+            let mut sent = 0_u64;
+            while flooding.load(Ordering::Relaxed) {
+                sent += u64::from(socket.send_to(&request, probe).is_ok());
+            }
+            sent
+        }
+    });
+    let start = Instant::now();
+    balancer.hears_report(|report| report.sequence >= first + 10).await;
+    let took = start.elapsed();
+    flooding.store(false, Ordering::Relaxed);
+    let sent = flood.join().unwrap();
+    assert!(took < Duration::from_secs(5), "ten reports, a tenth of a second apart, in {took:?}");
+    assert!(sent > 10_000, "that is no flood: {sent}");
+    // And it answers when it is over.
+    Prober::new(probe).await.sees(|answer| answer.ready).await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn an_address_for_probes_that_cannot_be_had_is_an_error_at_the_start() {
+    let taken = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let mut config = config(([127, 0, 0, 1], 1).into(), ([127, 0, 0, 1], 2).into());
+    for wrong in ["127.0.0.1:0", "0.0.0.0:7500", "[::]:7500"].map(|wrong| wrong.parse().unwrap()) {
+        config.probe = Some(wrong);
+        assert_eq!(Agent::new(config.clone()).unwrap_err(), AgentError::Probe { found: wrong });
+    }
+    let address = taken.local_addr().unwrap();
+    config.probe = Some(address);
+    let error = agent::run(config.clone(), std::future::pending()).await.unwrap_err();
+    assert!(matches!(&error, AgentError::ProbeBind { address: at, .. } if *at == address), "{error}");
+    // Connections are counted at the resource's address, checked or not.
+    config.check = ServiceCheck::None;
+    config.resource.address = "db.example:5432".into();
+    assert!(matches!(Agent::new(config), Err(AgentError::Address { .. })));
+}
+
+#[tokio::test]
 async fn a_configuration_that_makes_no_sense_is_refused_at_once() {
     let good = config(([127, 0, 0, 1], 1).into(), ([127, 0, 0, 1], 2).into());
     let mut bad = good.clone();
@@ -596,6 +697,61 @@ async fn a_shutdown_before_anything_happened() {
     let nobody = service().local_addr().unwrap();
     let agent = Running::start(config(nobody, nobody));
     agent.stop().await;
+}
+
+fn free_udp_port() -> SocketAddr {
+    std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// As long as a balancer's: 48 bytes.
+fn probe_request(nonce: u64) -> Vec<u8> {
+    let request = ProbeRequest { nonce, padding: vec![0; 37] }.encode_to_vec();
+    assert_eq!(request.len(), 48);
+    request
+}
+
+/// A balancer's side of probes.
+struct Prober {
+    socket: tokio::net::UdpSocket,
+    nonce: u64,
+}
+
+impl Prober {
+    async fn new(agent: SocketAddr) -> Self {
+        let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        socket.connect(agent).await.unwrap();
+        Self { socket, nonce: 1 << 40 }
+    }
+
+    async fn ask(&mut self) -> u64 {
+        self.nonce += 1;
+        self.socket.send(&probe_request(self.nonce)).await.unwrap();
+        self.nonce
+    }
+
+    async fn hears(&self) -> ProbeResponse {
+        let mut datagram = [0; 64];
+        let length = timeout(DEADLINE, self.socket.recv(&mut datagram)).await.expect("no answer").unwrap();
+        assert!(length <= 48, "{length}");
+        ProbeResponse::decode(&datagram[..length]).unwrap()
+    }
+
+    /// Asks until an answer fits. An answer may be lost: then it asks again.
+    async fn sees(&mut self, fits: impl Fn(&ProbeResponse) -> bool) -> ProbeResponse {
+        let mut last = None;
+        let start = Instant::now();
+        while start.elapsed() < DEADLINE {
+            let nonce = self.ask().await;
+            let Ok(answer) = timeout(Duration::from_millis(500), self.hears()).await else { continue };
+            if answer.nonce == nonce && fits(&answer) {
+                return answer;
+            }
+            last = Some(answer);
+            // The next reading is 20 ms away.
+            tokio::task::yield_now().await;
+        }
+        panic!("no answer was such; the last one: {last:?}");
+    }
 }
 
 struct TemporaryFile(PathBuf);

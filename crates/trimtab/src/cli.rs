@@ -165,10 +165,17 @@ pub struct AgentArgs {
     ///
     /// All keys: {"cpu": 0.95, "memory": 0.2, "utilization": {"swap": 0.1}, "application": 0.9,
     /// "operations_per_second": 120, "errors_per_second": 0, "named_metrics": {"operations": 81234},
-    /// "labels": {"role": "writer"}}. Its labels stand before those of --label, and a change of them is reported at
-    /// once. Replace it by a rename.
+    /// "labels": {"role": "writer"}, "in_flight": 12, "latency_ms": 3.5}. Its labels stand before those of --label, and
+    /// a change of them is reported at once. in_flight and latency_ms are for --probe. Replace it by a rename.
     #[arg(long, value_name = "FILE")]
     pub utilization_file: Option<PathBuf>,
+    /// Answer the balancer's probes (UDP) at this address of this host: how many connections the service has now, and
+    /// how long it takes. The policy `prequal` asks for single connections.
+    ///
+    /// Connections are those that the kernel has established to --address, unless the utilization file has in_flight;
+    /// the time is that of connecting there, unless it has latency_ms. Open the port to the balancers alone.
+    #[arg(long, value_name = "IP:PORT", value_parser = parse_backend)]
+    pub probe: Option<SocketAddr>,
     /// The network's capacity in bits a second: 100M, 1G. [default: what the interface says]
     #[arg(long, value_name = "BITS", value_parser = parse_bandwidth)]
     pub bandwidth: Option<u64>,
@@ -456,6 +463,10 @@ mod tests {
             ["--label", "=value"],
             ["--label", "a key"],
             ["--label", ""],
+            ["--probe", "0.0.0.0:7500"],
+            ["--probe", "[::]:7500"],
+            ["--probe", "10.0.0.1:0"],
+            ["--probe", "7500"],
             ["--balancer", "10.0.0.9"],
             ["--bandwidth", "fast"],
             ["--bandwidth-cost", "nan"],
@@ -472,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_and_balancers() {
+    fn labels_and_balancers_and_where_probes_are_answered() {
         let agent = |flags: &[&str]| {
             let line = ["trimtab", "agent", "--pool", "sql", "--address", "10.0.0.1:5432"];
             let parsed = Cli::try_parse_from(line.iter().chain(flags));
@@ -481,11 +492,13 @@ mod tests {
         };
         let bare = agent(&[]);
         assert_eq!(bare.balancer, ["http://127.0.0.1:7400"]);
+        assert_eq!(bare.probe, None);
         let flags =
             ["--balancer", "b1:7400", "--balancer", "http://b2:7400", "--label", "fts", "--label", "role="];
-        let full = agent(&[&flags[..], &["--label", "zone=eu=1"]].concat());
+        let full = agent(&[&flags[..], &["--label", "zone=eu=1", "--probe", "10.0.0.1:7500"]].concat());
         assert_eq!(full.balancer, ["http://b1:7400", "http://b2:7400"]);
         let labels = [("fts", "true"), ("role", ""), ("zone", "eu=1")].map(|(k, v)| (k.into(), v.into()));
         assert_eq!(full.label, labels);
+        assert_eq!(full.probe, Some(([10, 0, 0, 1], 7500).into()));
     }
 }

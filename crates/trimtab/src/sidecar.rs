@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use agent::{AgentConfig, ServiceCheck, Source};
+use agent::{AgentConfig, AgentError, ServiceCheck, Source};
 use api::v1::Resource;
 use tonic::transport::Uri;
 
@@ -27,7 +27,12 @@ pub fn run(args: AgentArgs) -> Result<(), Failure> {
     let ended = runtime.block_on(agent::run(config, stop));
     // A look at a file that hangs must not keep the process.
     runtime.shutdown_background();
-    ended.map_err(|error| Failure::Usage(Problem::new(error.to_string(), "see `trimtab agent --help`")))
+    ended.map_err(|error| match error {
+        AgentError::ProbeBind { .. } => Failure::start(format!(
+            "{error}\n  --probe takes an address of this host and a port that is free"
+        )),
+        _ => Failure::Usage(Problem::new(error.to_string(), "see `trimtab agent --help`")),
+    })
 }
 
 fn configuration(args: AgentArgs) -> Result<AgentConfig, Failure> {
@@ -66,6 +71,7 @@ fn configuration(args: AgentArgs) -> Result<AgentConfig, Failure> {
     config.utilization_file = args.utilization_file;
     config.bandwidth_capacity_bps = args.bandwidth;
     config.bandwidth_cost = args.bandwidth_cost;
+    config.probe = args.probe;
     if args.no_check {
         config.check = ServiceCheck::None;
     }
@@ -85,7 +91,35 @@ fn default_id(host: &str, address: SocketAddr) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::{Cli, Command};
     use allocation::ResourceId;
+    use clap::Parser as _;
+
+    fn configured(flags: &[&str]) -> Result<AgentConfig, Failure> {
+        let line = ["trimtab", "agent", "--pool", "sql", "--address", "10.0.0.1:5432"];
+        let Ok(Cli { command: Command::Agent(args), .. }) = Cli::try_parse_from(line.iter().chain(flags))
+        else {
+            panic!("{flags:?}")
+        };
+        configuration(args)
+    }
+
+    #[test]
+    fn flags_become_a_configuration() {
+        let flags = ["--balancer", "b1:7400", "--balancer", "b2:7400", "--probe", "10.0.0.1:7500"];
+        let config =
+            configured(&[&flags[..], &["--label", "fts", "--label", "role=reader"]].concat()).unwrap();
+        assert_eq!(config.balancers, ["http://b1:7400", "http://b2:7400"]);
+        assert_eq!(config.probe, Some(([10, 0, 0, 1], 7500).into()));
+        let labels = [("fts", "true"), ("role", "reader")].map(|(k, v)| (k.to_owned(), v.to_owned()));
+        assert_eq!(config.resource.labels, labels.into());
+
+        let twice = configured(&["--label", "fts", "--label", "fts=false"]).unwrap_err();
+        assert_eq!(twice.code(), 64);
+        let twice = configured(&["--balancer", "b1:7400", "--balancer", "http://B1:7400"]).unwrap();
+        let twice = agent::Agent::new(twice).unwrap_err();
+        assert_eq!(twice.to_string(), "the balancer http://B1:7400/ is named twice");
+    }
 
     #[test]
     fn default_ids_are_names() {
