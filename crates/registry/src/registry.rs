@@ -873,6 +873,7 @@ fn resource_status(pool: &Pool, entry: &Entry, now: Timestamp) -> ResourceStatus
     let row = &pool.columns.row(entry.slot);
     ResourceStatus {
         registration: Arc::clone(&entry.registration),
+        labels: Arc::clone(&entry.labels),
         standing: standing(pool, entry),
         flows_opened: entry.live.flows_opened(),
         connect_failures: entry.live.connect_failures(),
