@@ -4,11 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use e2e::{
     Balancer, BalancerConfig, Clients, Lab, Manners, PATIENCE, POOL, Postgres, Process, Psql, Service,
-    SqlClient, ask, ask_from, connect, greet, is_reset, trimtab, until, within, write_whole,
+    SqlClient, ask, ask_from, connect, greet, is_reset, trimtab, until, within, write_utilization,
+    write_whole,
 };
 use rustix::process::Signal;
 use serde_json::Value;
@@ -23,6 +25,13 @@ const DEVIATIONS: f64 = 5.0;
 /// Services of these names.
 fn services<const N: usize>(names: [&str; N]) -> [Service; N] {
     names.map(|name| Service::start(name, Manners::Good))
+}
+
+/// A host with little to do, whatever else this machine does: where all are saturated, ejections are ignored.
+fn calm(folder: &Path, name: &str) -> [String; 2] {
+    let file = folder.join(name);
+    write_utilization(&file, 0.1);
+    ["--utilization-file".into(), file.to_str().expect("a plain path").to_owned()]
 }
 
 /// An agent for each service, under its name, with these flags.
@@ -78,7 +87,10 @@ fn assert_share(what: &str, count: usize, of: usize, share: f64) {
     let expected = of as f64 * share;
     let deviation = (expected * (1.0 - share)).sqrt();
     println!("{what}: {count} of {of}");
-    assert!((count as f64 - expected).abs() <= DEVIATIONS * deviation, "{what}: {count} of {of}, not {share}");
+    assert!(
+        (count as f64 - expected).abs() <= DEVIATIONS * deviation,
+        "{what}: {count} of {of}, not {share}"
+    );
 }
 
 /// 127.0.0.2, 127.0.0.3, …
@@ -92,7 +104,8 @@ fn a_promoted_replica_gets_the_writers_connections() {
     let writers = config.add_listener("role=writer");
     let folder = tempfile::tempdir().expect("a temporary folder");
     let files = ["pg1", "pg2"].map(|name| folder.path().join(name));
-    let say = |n: usize, role: &str| write_whole(&files[n], &format!(r#"{{"labels": {{"role": "{role}"}}}}"#));
+    let say =
+        |n: usize, role: &str| write_whole(&files[n], &format!(r#"{{"labels": {{"role": "{role}"}}}}"#));
     let mut lab = Lab::start(0, config);
     for (n, role) in ["writer", "reader"].into_iter().enumerate() {
         say(n, role);
@@ -207,7 +220,10 @@ fn a_requirement_that_nobody_meets_resets_and_says_who_lacks_what() {
     };
     assert!(lacks("a ") && lacks("b "), "{text}");
     let explained = balancer.ask(&question);
-    assert_eq!((explained["next"].as_str(), &explained["requires"]), (Some(""), &"role=writer".split(' ').collect()));
+    assert_eq!(
+        (explained["next"].as_str(), &explained["requires"]),
+        (Some(""), &"role=writer".split(' ').collect())
+    );
     assert_eq!(by_id(&explained["candidates"])["a"]["labels"]["role"], "reader");
     let all = balancer.ask(&["explain", POOL]);
     assert!(all["candidates"].as_array().expect("a list").iter().all(|c| c["left_out"] == ""), "{all:#}");
@@ -257,7 +273,10 @@ fn versions_share_connections_at_random_or_by_client() {
         assert_eq!((0..200).map(version_of).collect::<Vec<_>>(), first, "round {round}");
     }
     let answer = balancer.ask(&["versions", "sticky"]);
-    assert_eq!((answer["by"].as_str(), answer["versions"][1]["resources"].as_u64()), (Some("client"), Some(1)));
+    assert_eq!(
+        (answer["by"].as_str(), answer["versions"][1]["resources"].as_u64()),
+        (Some("client"), Some(1))
+    );
 }
 
 #[test]
@@ -274,12 +293,9 @@ fn a_bad_version_is_aborted_by_itself_and_given_another_chance() {
     for (pool, bad) in [(POOL, &at_once), ("later", &later)] {
         for (service, version) in [(&good, "1"), (bad, "2")] {
             let id = format!("{pool}-{}", service.name());
-            agents.push(balancer.agent_of(
-                pool,
-                &id,
-                service.address(),
-                &["--version-of-service", version],
-            ));
+            // An agent that sees its check reset, which is up to chance, reports that it is not ready.
+            let flags = ["--version-of-service", version, "--no-check"];
+            agents.push(balancer.agent_of(pool, &id, service.address(), &flags));
         }
     }
     wait_until_ready(&balancer, 4);
@@ -307,9 +323,8 @@ fn a_bad_version_is_aborted_by_itself_and_given_another_chance() {
         let seen = generation();
         until("the tables are new", || (generation() >= seen + 2).then_some(()));
         let settled = Instant::now();
-        let after = until("50 more connections", || {
-            Some(clients.since(settled)).filter(|asked| asked.len() >= 50)
-        });
+        let after =
+            until("50 more connections", || Some(clients.since(settled)).filter(|asked| asked.len() >= 50));
         assert!(after.iter().all(|asked| asked.outcome.as_deref() == Ok("v1")), "{after:?}");
 
         // It was mended.
@@ -330,7 +345,8 @@ fn a_bad_version_is_aborted_by_itself_and_given_another_chance() {
 
 #[test]
 fn balancers_know_how_many_they_are() {
-    let mut balancers = [Balancer::start(BalancerConfig::default()), Balancer::start(BalancerConfig::default())];
+    let mut balancers =
+        [Balancer::start(BalancerConfig::default()), Balancer::start(BalancerConfig::default())];
     let services = services(["a", "b"]);
     let second = format!("http://{}", balancers[1].control());
     let flags = |_| vec!["--balancer".to_owned(), second.clone()];
@@ -345,7 +361,10 @@ fn balancers_know_how_many_they_are() {
         until("both are known", || (count(balancer)? == 2.0).then_some(()));
         let explained = balancer.ask(&["explain", POOL]);
         let of = |candidate: &Value| candidate["balancers"].as_u64().expect("a number");
-        assert!(explained["candidates"].as_array().expect("a list").iter().all(|c| of(c) == 2), "{explained:#}");
+        assert!(
+            explained["candidates"].as_array().expect("a list").iter().all(|c| of(c) == 2),
+            "{explained:#}"
+        );
         served(balancer.listener(), 10);
     }
 
@@ -615,7 +634,8 @@ fn selections_are_explained_and_logged() {
         names.for_each(|name| *by_name.entry(name.to_owned()).or_default() += 1);
         by_name
     };
-    let logged = lines.iter().map(|line| line["chosen"].as_str().expect("a text")).filter(|id| !id.is_empty());
+    let logged =
+        lines.iter().map(|line| line["chosen"].as_str().expect("a text")).filter(|id| !id.is_empty());
     assert_eq!(tally(&mut { logged }), tally(&mut chosen.iter().map(String::as_str)));
     let refused: Vec<_> = lines.iter().filter(|line| line["chosen"] == "").collect();
     assert_eq!(refused.len(), 1);
@@ -635,7 +655,10 @@ fn selections_are_explained_and_logged() {
 fn who_accepts_and_resets_does_not_draw_everything() {
     let balancer = Balancer::start(BalancerConfig::default());
     let services = services(["sink", "b", "c"]);
-    let _agents = agents(&balancer, &services, |_| Vec::new());
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    // Its agent may notice by itself: here it does not.
+    let flags = |n: usize| [&["--no-check".into()], &calm(folder.path(), services[n].name())[..]].concat();
+    let _agents = agents(&balancer, &services, flags);
     served(balancer.listener(), 30);
     assert_eq!(guard_holds(&balancer, "sinkhole"), Some(false));
 
@@ -655,9 +678,8 @@ fn who_accepts_and_resets_does_not_draw_everything() {
     });
     println!("the guard held {took:?} after it began, and it was left alone after {:?}", began.elapsed());
     let settled = Instant::now();
-    let asked = until("200 more connections", || {
-        Some(clients.since(settled)).filter(|asked| asked.len() >= 200)
-    });
+    let asked =
+        until("200 more connections", || Some(clients.since(settled)).filter(|asked| asked.len() >= 200));
     let failed = asked.iter().filter(|asked| asked.outcome.is_err()).count();
     println!("{failed} of {} connections failed", asked.len());
     assert!(failed * 50 <= asked.len(), "{failed} of {} failed", asked.len());
