@@ -35,7 +35,7 @@ impl Speed {
     fn draw(&self, random: &mut Random) -> f64 {
         let place = random.unit();
         let factor = random.unit();
-        let band = self.bands.iter().find(|band| place < band.until).or(self.bands.last());
+        let band = self.bands.iter().find(|band| place < band.until).or_else(|| self.bands.last());
         band.map_or(self.base, |band| self.base * (band.range.0 + (band.range.1 - band.range.0) * factor))
     }
 }

@@ -232,6 +232,7 @@ impl<'a> World<'a> {
     fn happen(&mut self, now: Time, event: Event) {
         match event {
             Event::Served { server, flow } => self.served(server as usize, flow, now),
+            Event::Second => self.second(now),
             // What repeats ends with the arrivals: then only flows are waited for.
             _ if now >= self.end => {}
             Event::Redraw { server } => {
@@ -244,10 +245,6 @@ impl<'a> World<'a> {
                 self.agenda.plan(now.after(self.setup.report_interval), event);
             }
             Event::Change { server, change } => self.change(server as usize, change as usize, now),
-            Event::Second => {
-                self.second(now);
-                self.agenda.plan(now.after(1.0), event);
-            }
         }
     }
 
@@ -395,5 +392,8 @@ impl<'a> World<'a> {
         second.opened = self.opened.clone();
         self.opened.fill(0);
         self.run.seconds.push(second);
+        if now < self.end {
+            self.agenda.plan(now.after(1.0), Event::Second);
+        }
     }
 }
