@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use allocation::{AllocationTable, Excluded, Members, OpenFlow, Policy, Selector, Timestamp};
+use allocation::{AllocationTable, BackendIndex, Excluded, Members, OpenFlow, Policy, Selector, Timestamp};
 use registry::{
     Config, PoolConfig, RawRegistration, RawUtilization, Readiness, Registration, Registry, Report,
     Utilization,
@@ -11,6 +11,7 @@ use registry::{
 
 use super::balancer::{Balancer, Conditions, Ending, How, ServerReport};
 use super::event::Time;
+use super::random::Random;
 use super::server::Server;
 
 const POOL: &str = "sim";
@@ -28,11 +29,17 @@ pub(crate) struct Trimtab {
     rebuild_at: Timestamp,
     report_interval: Duration,
     balancers: u32,
+    /// Flows since the last probes.
+    selected: u64,
+    random: Random,
 }
 
 impl Trimtab {
     pub(crate) fn new(policy: Policy, mut conditions: Conditions) -> Self {
-        let pool = PoolConfig::new(POOL.parse().expect("it is a name"), policy);
+        let mut pool = PoolConfig::new(POOL.parse().expect("it is a name"), policy);
+        if policy == Policy::Criteria {
+            pool.criteria = vec!["least(utilization)".parse().expect("it is a criterion")];
+        }
         let config = Config { pools: vec![pool], ..Config::default() };
         let mut trimtab = Self {
             registry: Registry::new(config).expect("it has one pool"),
@@ -44,6 +51,8 @@ impl Trimtab {
             rebuild_at: Timestamp::ZERO,
             report_interval: Duration::from_secs_f64(conditions.report_interval),
             balancers: conditions.balancers as u32,
+            selected: 0,
+            random: conditions.random,
         };
         for server in 0..conditions.servers {
             trimtab.join(server, Time::default());
@@ -61,6 +70,18 @@ impl Trimtab {
         };
         let registration = Registration::parse(raw).expect("it is in range");
         self.registry.register(registration, now).expect("there is room");
+    }
+
+    /// Sends the probes that the flows until now ask for, where the policy probes; they are answered at once.
+    fn probe(&mut self, now: Timestamp, servers: &[Server]) {
+        let Some(probes) = self.table.probes() else { return };
+        let mut probes = probes.lock().expect("nobody panicked");
+        for _ in 0..probes.wanted(std::mem::take(&mut self.selected), now) {
+            let index = self.random.below(self.numbers.len());
+            let (rif, latency) = servers[self.numbers[index]].probe();
+            let micros = (latency * 1e6) as u32;
+            probes.answer(self.members.epoch(), BackendIndex(index as u32), rif, micros, now);
+        }
     }
 
     /// Publishes the next table if it is time for it.
@@ -85,12 +106,14 @@ fn timestamp(now: Time) -> Timestamp {
 }
 
 impl Balancer for Trimtab {
-    fn select(&mut self, now: Time, _servers: &[Server]) -> Option<usize> {
+    fn select(&mut self, now: Time, servers: &[Server]) -> Option<usize> {
         let now = timestamp(now);
         self.rebuild(now);
+        self.probe(now, servers);
         let selection = self.selector.select(&self.table, &Excluded::none(), now).ok()?;
         let server = self.numbers[selection.index.0 as usize];
         selection.open.connected();
+        self.selected += 1;
         self.open[server].push(selection.open);
         Some(server)
     }
