@@ -18,3 +18,4 @@ pub mod process;
 pub mod report;
 pub mod rounds;
 pub mod select;
+pub mod sim;

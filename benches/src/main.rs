@@ -1,4 +1,5 @@
 //! `bench proxies`: trimtab beside its peers. `bench select`: the cost of a selection and of a new table.
+//! `bench sim`: allocation policies in simulated fleets.
 #![forbid(unsafe_code)]
 
 use std::fs;
@@ -6,7 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use benches::case::Case;
@@ -16,6 +17,7 @@ use benches::process;
 use benches::report::Report;
 use benches::rounds::{self, Plan};
 use benches::select;
+use benches::sim;
 use clap::{Args, Parser, Subcommand};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
@@ -33,6 +35,8 @@ enum What {
     Proxies(ProxiesArguments),
     /// Nanoseconds for a selection and for a new allocation table
     Select(SelectArguments),
+    /// Allocation policies, trimtab's and others', in simulated fleets
+    Sim(SimArguments),
 }
 
 #[derive(Debug, Args)]
@@ -79,6 +83,31 @@ struct SelectArguments {
     json: Option<PathBuf>,
 }
 
+#[derive(Debug, Args)]
+struct SimArguments {
+    /// Scenarios by name; all without it
+    #[arg(long = "scenario", value_name = "NAME", value_delimiter = ',')]
+    scenarios: Vec<String>,
+    /// Policies by name; all without it
+    #[arg(long = "policy", value_name = "NAME", value_delimiter = ',')]
+    policies: Vec<String>,
+    /// Seeds, from 1 on
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    seeds: u16,
+    /// Seconds that are measured, where a scenario leaves it open
+    #[arg(long, value_parser = seconds)]
+    seconds: Option<f64>,
+    /// Runs at a time
+    #[arg(long, default_value_t = 2)]
+    jobs: usize,
+    /// Write everything measured here
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the tables here as well
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+}
+
 fn main() -> ExitCode {
     match run(Arguments::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
@@ -97,7 +126,29 @@ fn run(command: What) -> anyhow::Result<()> {
             print!("{}", select::markdown(&micros));
             write(arguments.json.as_ref(), || Ok(serde_json::to_string_pretty(&micros)?))
         }
+        What::Sim(arguments) => simulate(&arguments),
     }
+}
+
+fn simulate(arguments: &SimArguments) -> anyhow::Result<()> {
+    let options = sim::Options {
+        scenarios: arguments.scenarios.clone(),
+        policies: arguments.policies.clone(),
+        seeds: arguments.seeds.into(),
+        seconds: arguments.seconds,
+        jobs: arguments.jobs,
+    };
+    let began = Instant::now();
+    let mut progress = |scenario: &str| eprintln!("{:6.1} s  {scenario}", began.elapsed().as_secs_f64());
+    let report = sim::run(&options, &mut progress).map_err(anyhow::Error::msg)?;
+    let tables = report.markdown();
+    println!("{tables}");
+    write(arguments.markdown.as_ref(), || Ok(tables.clone()))?;
+    write(arguments.json.as_ref(), || Ok(serde_json::to_string_pretty(&report)?))?;
+    if report.missed() > 0 {
+        eprintln!("{} bounds missed", report.missed());
+    }
+    Ok(())
 }
 
 fn proxies(arguments: &ProxiesArguments) -> anyhow::Result<()> {

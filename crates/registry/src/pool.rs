@@ -488,11 +488,7 @@ impl Pool {
                 *weight *= (tables >> table & 1) as f32;
             }
         }
-        let left_out = weights.iter().enumerate().map(|(slot, weight)| match weight {
-            weight if *weight > 0.0 => LeftOut::Not,
-            _ => self.columns.left_out(slot, table, now),
-        });
-        let left_out = self.compact(&left_out.collect::<Vec<_>>());
+        let left_out = self.left_out(&weights, table, now);
         let mut weights = if self.is_compact() { weights } else { self.compact(&weights) };
         let requirement_unmet = weights.iter().all(|weight| *weight <= 0.0) && self.somebody_is_ready(now);
         let criteria = match self.policy() {
@@ -526,6 +522,18 @@ impl Pool {
         for (weight, occupied) in self.columns.weight.iter_mut().zip(&self.columns.occupied) {
             *weight = if *occupied { published.next().copied().unwrap_or(0.0) } else { 0.0 };
         }
+    }
+
+    /// Why each member is left out that has no weight, by backend index; empty where nobody is.
+    fn left_out(&self, weights: &[f32], table: usize, now: Timestamp) -> Vec<LeftOut> {
+        if weights.iter().all(|weight| *weight > 0.0) {
+            return Vec::new();
+        }
+        let why = |(slot, weight): (usize, &f32)| match weight {
+            weight if *weight > 0.0 => LeftOut::Not,
+            _ => self.columns.left_out(slot, table, now),
+        };
+        self.compact(&weights.iter().enumerate().map(why).collect::<Vec<_>>())
     }
 
     /// Whether every slot is occupied, so that slots are backend indexes.

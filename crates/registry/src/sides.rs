@@ -142,6 +142,7 @@ impl Versions {
         let shares = self.judge.shares();
         let spec = |side: usize| {
             let mut spec = whole.clone();
+            spec.left_out.resize(sides.len(), LeftOut::Not);
             for (index, _) in sides.iter().enumerate().filter(|(_, other)| usize::from(**other) != side) {
                 spec.weights[index] = 0.0;
                 if let Some(why @ LeftOut::Not) = spec.left_out.get_mut(index) {

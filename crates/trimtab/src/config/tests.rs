@@ -145,7 +145,7 @@ name = "sql"
 policy = "roundrobin"
 [[pool]]
 name = "sql"
-policy = "maglev"
+policy = "leastconn"
 [[listener]]
 bind = "udp://127.0.0.1:53"
 pool = "slq"
@@ -176,8 +176,8 @@ f:18:10: error: `pool.policy`: there is no policy "roundrobin"
   hint: did you mean "round-robin"?
 f:20:8: error: there are two pools named "sql"
   hint: the first is in line 17; rename one or merge them
-f:21:10: error: `pool.policy`: the policy "maglev" is not supported by this version
-  hint: there are adaptive, least-connections, round-robin, random
+f:21:10: error: `pool.policy`: there is no policy "leastconn"
+  hint: there are adaptive, least-connections, p2c, peak-ewma, weighted-round-robin, round-robin, random, first, utilization, maglev, prequal, criteria
 f:23:8: error: `listener.bind`: "udp://127.0.0.1:53": UDP is not supported by this version
   hint: write tcp://…; udp:// comes in a later release
 f:24:8: error: `listener.pool`: there is no pool "slq"
@@ -208,7 +208,7 @@ fn single_errors() {
     for (head, expected) in [
         (
             "colour = 1",
-            "f:1:1: error: there is no key `colour`\n  hint: there are control, http, dataplane, pool, listener\n",
+            "f:1:1: error: there is no key `colour`\n  hint: there are control, http, dataplane, decisions, pool, listener\n",
         ),
         (
             "[[control]]",
