@@ -123,7 +123,8 @@ impl Probed {
             answers.wanted(flows, now)
         };
         // One flow asks each resource once at most; several flows may ask the same one.
-        let most = usize::try_from(flows.max(1)).unwrap_or(usize::MAX).saturating_mul(self.targets.addresses.len());
+        let most =
+            usize::try_from(flows.max(1)).unwrap_or(usize::MAX).saturating_mul(self.targets.addresses.len());
         for _ in 0..wanted.min(most) {
             // A stride that is prime to most counts: neighbours are not probed together.
             self.turn = self.turn.wrapping_add(7_919);
