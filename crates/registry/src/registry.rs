@@ -949,6 +949,8 @@ fn left_out(pool: &Pool, entry: &Entry, table: usize, now: Timestamp) -> Option<
     }
     match entry.live.verdict(flows_max, now) {
         Verdict::Usable | Verdict::Probe => None,
+        // As its tables do.
+        Verdict::Ejected if pool.guard.is_some() => None,
         Verdict::Paused => Some(LeftOut::Paused),
         Verdict::Ejected => Some(LeftOut::Ejected),
         Verdict::Full => Some(LeftOut::Full { flows_max }),
