@@ -708,7 +708,10 @@ mod tests {
             let small = table(policy, &[0.0]);
             for table in [&empty, &small] {
                 assert!(selector.select(table, &Excluded::none(), NOW).is_err());
-                assert!(selector.looks(table, None, &Excluded::none(), NOW).as_slice().is_empty(), "{policy}");
+                assert!(
+                    selector.looks(table, None, &Excluded::none(), NOW).as_slice().is_empty(),
+                    "{policy}"
+                );
             }
             drop(chosen);
         }
