@@ -14,6 +14,7 @@ use e2e::{
 };
 use rustix::process::Signal;
 use serde_json::Value;
+use tempfile::TempDir;
 
 /// Agents report each second; a change of labels comes within two reports, and an agent may start a little late.
 const TWO_REPORTS: Duration = Duration::from_secs(2 + 2);
@@ -543,32 +544,64 @@ fn criteria_avoid_who_is_short_of_memory() {
     assert!(by_name["b"] > 75 && by_name["c"] > 75, "{by_name:?}");
 }
 
-#[test]
-fn prequal_avoids_who_has_much_in_flight() {
-    let pool = "policy = \"prequal\"".to_owned();
-    let balancer = Balancer::start(BalancerConfig { pool, ..Default::default() });
-    let services = services(["hot", "b", "c"]);
+/// Agents that answer probes with so many requests in flight.
+fn probed(
+    balancer: &Balancer,
+    services: &[Service],
+    in_flight: &[u32],
+    versions: &[&str],
+) -> (Vec<Process>, TempDir) {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let in_flight = [500, 1, 1];
     let flags = |n: usize| {
         let file = folder.path().join(services[n].name());
         let text = format!(r#"{{"in_flight": {}, "latency_ms": 1, "application": 0.1}}"#, in_flight[n]);
         write_whole(&file, &text);
         let probe = SocketAddr::new(services[n].address().ip(), e2e::loopback().port());
         let file = file.to_str().expect("a plain path").to_owned();
-        vec!["--utilization-file".into(), file, "--probe".into(), probe.to_string()]
+        let version = ["--version-of-service".into(), versions[n].to_owned()];
+        [&["--utilization-file".into(), file, "--probe".into(), probe.to_string()], &version[..]].concat()
     };
-    let _agents = agents(&balancer, &services, flags);
-    let probes = |result| balancer.metrics().sum("trimtab_probes_total", &[("result", result)]);
+    let agents = agents(balancer, services, flags);
     until("probes are answered", || {
         served(balancer.listener(), 10);
-        (probes("answered") >= 50.0).then_some(())
+        (probes(balancer, "answered") >= 50.0).then_some(())
     });
-    let before = probes("answered");
+    (agents, folder)
+}
+
+fn probes(balancer: &Balancer, result: &str) -> f64 {
+    balancer.metrics().sum("trimtab_probes_total", &[("result", result)])
+}
+
+#[test]
+fn prequal_avoids_who_has_much_in_flight() {
+    let pool = "policy = \"prequal\"".to_owned();
+    let balancer = Balancer::start(BalancerConfig { pool, ..Default::default() });
+    let services = services(["hot", "b", "c"]);
+    let _agents = probed(&balancer, &services, &[500, 1, 1], &["", "", ""]);
+    let before = probes(&balancer, "answered");
     let by_name = served(balancer.listener(), 300);
-    println!("{by_name:?}; {} of {} probes were answered", probes("answered"), probes("sent"));
+    println!(
+        "{by_name:?}; {} of {} probes were answered",
+        probes(&balancer, "answered"),
+        probes(&balancer, "sent")
+    );
     assert!(by_name.get("hot").copied().unwrap_or(0) <= 30, "{by_name:?}");
-    assert!(probes("answered") > before);
+    assert!(probes(&balancer, "answered") > before);
+}
+
+#[test]
+fn prequal_avoids_them_on_both_sides_of_a_split() {
+    let pool =
+        "policy = \"prequal\"\n[pool.split]\nversions = [\"1\", \"2=50%\"]\nabort_after = \"0s\"\n".into();
+    let balancer = Balancer::start(BalancerConfig { pool, ..Default::default() });
+    let services = services(["hot-1", "1", "hot-2", "2"]);
+    let _agents = probed(&balancer, &services, &[500, 1, 500, 1], &["1", "1", "2", "2"]);
+    let by_name = served(balancer.listener(), 400);
+    println!("{by_name:?}");
+    let of = |name: &str| by_name.get(name).copied().unwrap_or(0);
+    assert!(of("hot-1") + of("hot-2") <= 40, "{by_name:?}");
+    assert_share("side 2", of("hot-2") + of("2"), 400, 0.5);
 }
 
 #[test]
