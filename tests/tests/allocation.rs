@@ -461,6 +461,39 @@ fn every_policy_serves_and_outlives_its_resources() {
 }
 
 #[test]
+fn pools_that_are_used_in_turn_each_take_their_own_turns() {
+    // Clients that open a pair of connections each time, as of FTP or of a reader and a writer; one worker for both.
+    for policy in ["round-robin", "weighted-round-robin", "criteria"] {
+        let criteria =
+            if policy == "criteria" { "criteria = [\"least(memory, tolerance 100%)\"]\n" } else { "" };
+        let lines = format!("policy = \"{policy}\"\n{criteria}slow_start = \"0s\"\n");
+        let mut config =
+            BalancerConfig { dataplane: "workers = 1".into(), pool: lines.clone(), ..Default::default() };
+        let other = config.add_pool("other", &lines);
+        let balancer = Balancer::start(config);
+        let services = services(["a", "b"]);
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let flags = |n: usize| as_busy(0.1, folder.path(), services[n].name()).to_vec();
+        let _agents = agents(&balancer, &services, flags);
+        let joins = |(n, service): (usize, &Service)| {
+            let flags = flags(n);
+            let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+            balancer.agent_of("other", &format!("other-{}", service.name()), service.address(), &flags)
+        };
+        let _others: Vec<_> = services.iter().enumerate().map(joins).collect();
+        wait_until_ready(&balancer, 4);
+        let mut by_pool = [BTreeMap::new(), BTreeMap::new()];
+        for _ in 0..40 {
+            for (by_name, listener) in by_pool.iter_mut().zip([balancer.listener(), other]) {
+                *by_name.entry(ask(listener).expect("somebody serves")).or_insert(0) += 1;
+            }
+        }
+        println!("{policy}: {by_pool:?}");
+        assert!(by_pool.iter().all(|by_name| by_name.values().all(|n| (15..=25).contains(n))), "{by_pool:?}");
+    }
+}
+
+#[test]
 fn an_empty_pool_is_not_looked_at_by_what_was_drawn_before() {
     // One worker selects for all of them, and keeps what it drew last.
     let mut config = BalancerConfig {
