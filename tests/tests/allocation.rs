@@ -260,6 +260,10 @@ fn versions_share_connections_at_random_or_by_client() {
     let of = |name: &str| by_name.get(name).copied().unwrap_or(0);
     assert_share("version 2 at random", of("v2"), 1_000, 0.2);
     assert!(of("v1a") > 100 && of("v1b") > 100, "both of version 1 serve: {by_name:?}");
+    let resources = balancer.resources();
+    let share = |id: &str| resources[id]["share"].as_f64().expect("a number");
+    assert!((share("v2") - 0.2).abs() < 1e-3, "{resources:#?}");
+    assert!((share("v1a") + share("v1b") - 0.8).abs() < 1e-3, "{resources:#?}");
     let metrics = balancer.metrics();
     let version = |name: &str, version: &str| metrics.sum(name, &[("pool", POOL), ("version", version)]);
     assert_eq!(version("trimtab_version_flows_opened_total", "2"), of("v2") as f64);
@@ -325,6 +329,7 @@ fn a_bad_version_is_aborted_by_itself_and_given_another_chance() {
         let after =
             until("50 more connections", || Some(clients.since(settled)).filter(|asked| asked.len() >= 50));
         assert!(after.iter().all(|asked| asked.outcome.as_deref() == Ok("v1")), "{after:?}");
+        assert_eq!(balancer.resources()[&format!("{pool}-v2")]["share"], 0.0);
 
         // It was mended.
         bad.behave(Manners::Good);
