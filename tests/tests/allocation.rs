@@ -130,13 +130,11 @@ fn a_promoted_replica_gets_the_writers_connections() {
 
     say(0, "reader");
     say(1, "writer");
-    let ((), took) = within(TWO_REPORTS, "the promoted one gets writers", || {
-        (server(writers).as_deref() == Some("pg2")).then_some(())
+    // For a moment both may be writers, or nobody.
+    let ((), took) = within(TWO_REPORTS, "the promoted one gets all writers", || {
+        (0..20).all(|_| server(writers).as_deref() == Some("pg2")).then_some(())
     });
-    println!("promoted: connections {took:?} after its file changed");
-    for n in 0..20 {
-        assert_eq!(server(writers).as_deref(), Some("pg2"), "connection {n}");
-    }
+    println!("promoted: 20 connections in a row {took:?} after its file changed");
     assert_eq!(open.ask("1 + 1", "after"), "2", "an open connection stays where it is");
     assert_eq!(lab.balancer.resources()["pg2"]["labels"]["role"], "writer");
     open.quit();
