@@ -30,19 +30,32 @@ struct Kept {
 pub(crate) struct Decisions {
     kept: Mutex<Kept>,
     sample: f64,
+    /// Selections that were not kept because somebody was looking.
+    missed: AtomicU64,
+    /// Of the sample.
     lost: AtomicU64,
 }
 
 impl Decisions {
     /// `sample`: the part of selections that the log gets, 0 to 1.
     pub(crate) fn new(sample: f64) -> Self {
-        Self { kept: Mutex::default(), sample, lost: AtomicU64::new(0) }
+        Self { kept: Mutex::default(), sample, missed: AtomicU64::new(0), lost: AtomicU64::new(0) }
     }
 
     /// Keeps what `decision` gives, unless somebody is looking right now.
     pub(crate) fn note(&self, decision: impl FnOnce() -> Decision) {
-        let Ok(mut kept) = self.kept.try_lock() else { return };
+        let Ok(mut kept) = self.kept.try_lock() else {
+            self.missed.fetch_add(1, Relaxed);
+            return;
+        };
         let decision = decision();
+        let missed = self.missed.swap(0, Relaxed) as f64 * self.sample;
+        if missed > 0.0 {
+            // What the sample would have had of them is lost to it.
+            let owed = kept.owed + missed;
+            self.lost.fetch_add(owed as u64, Relaxed);
+            kept.owed = owed.fract();
+        }
         kept.owed += self.sample;
         if kept.owed >= 1.0 {
             kept.owed -= 1.0;
@@ -114,6 +127,18 @@ mod tests {
         (0..3).for_each(|at| decisions.note(|| decision(at, 60_000)));
         assert_eq!(decisions.newest().len(), 1, "large tables are kept for fewer");
         assert!(decisions.take_sampled().0.is_empty());
+    }
+
+    #[test]
+    fn what_is_missed_while_somebody_looks_is_counted() {
+        let decisions = Decisions::new(0.5);
+        let looking = decisions.kept.lock().unwrap();
+        (0..7).for_each(|at| decisions.note(|| decision(at, 1)));
+        drop(looking);
+        decisions.note(|| decision(7, 1));
+        // Half of eight: three and a half were missed.
+        let (sampled, lost) = decisions.take_sampled();
+        assert_eq!((sampled.len(), lost, decisions.newest().len()), (1, 3, 1));
     }
 
     #[test]
