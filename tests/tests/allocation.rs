@@ -689,14 +689,19 @@ fn selections_are_explained_and_logged() {
         chosen.push(ask(balancer.listener()).expect("somebody serves"));
     }
     assert!(is_reset(&ask(writers)));
+    let log_metric =
+        |result| balancer.metrics().sum("trimtab_decisions_logged_total", &[("result", result)]) as usize;
     let lines: Vec<Value> = until("there is a line for each connection", || {
         // What is just being written may be there in part.
         let text = fs::read_to_string(&log).ok().filter(|text| text.ends_with('\n'))?;
         let lines = text.lines().map(|line| serde_json::from_str(line).expect("each line is JSON"));
         let lines: Vec<Value> = lines.collect();
-        (lines.len() >= 101).then_some(lines)
+        // A worker does not wait for the log: that it was just being fetched is counted.
+        (lines.len() + log_metric("lost") >= 101).then_some(lines)
     });
-    assert_eq!(lines.len(), 101);
+    until("the lines are counted", || (log_metric("written") == lines.len()).then_some(()));
+    let lost = 101 - lines.len();
+    assert!(lost <= 2 && log_metric("lost") == lost, "{lost} lines are lost");
     let tally = |names: &mut dyn Iterator<Item = &str>| {
         let mut by_name: BTreeMap<String, usize> = BTreeMap::new();
         names.for_each(|name| *by_name.entry(name.to_owned()).or_default() += 1);
@@ -704,19 +709,19 @@ fn selections_are_explained_and_logged() {
     };
     let logged =
         lines.iter().map(|line| line["chosen"].as_str().expect("a text")).filter(|id| !id.is_empty());
-    assert_eq!(tally(&mut { logged }), tally(&mut chosen.iter().map(String::as_str)));
+    let (logged, made) = (tally(&mut { logged }), tally(&mut chosen.iter().map(String::as_str)));
+    assert!(lost > 0 || logged == made, "{logged:?} are not {made:?}");
     let refused: Vec<_> = lines.iter().filter(|line| line["chosen"] == "").collect();
-    assert_eq!(refused.len(), 1);
-    assert_eq!(refused[0]["no_backend"], "no ready resource of the pool meets the requirement");
-    assert_eq!(refused[0]["left_out"].as_array().map(Vec::len), Some(3), "{:#}", refused[0]);
+    assert!(lost > 0 || refused.len() == 1, "{refused:?}");
+    for line in refused {
+        assert_eq!(line["no_backend"], "no ready resource of the pool meets the requirement");
+        assert_eq!(line["left_out"].as_array().map(Vec::len), Some(3), "{line:#}");
+    }
     let times: Vec<f64> = lines.iter().map(|line| line["time"].as_f64().expect("seconds")).collect();
     assert!(times.is_sorted_by(|a, b| *a <= *b + 0.01), "{times:?}");
     for line in &lines {
         assert_eq!((line["pool"].as_str(), line["policy"].as_str()), (Some(POOL), Some("adaptive")));
     }
-    let metrics = balancer.metrics();
-    assert_eq!(metrics.sum("trimtab_decisions_logged_total", &[("result", "written")]), 101.0);
-    assert_eq!(metrics.sum("trimtab_decisions_logged_total", &[("result", "lost")]), 0.0);
 }
 
 #[test]
