@@ -19,8 +19,11 @@
 //! * `c` is high while utilization confirms the rate: less than the fair rate *and* busier than the mean, or more than
 //!   the fair rate and less busy. Then utilization is what evens out, and shares follow capacity. Where utilization
 //!   says the opposite, the rate is only what we gave: `c` is low and the weight goes back to the registered one within
-//!   two or three averaging times.
-//! * `c` is lower still where the rate is of few events: ten flows are no measurement.
+//!   two or three averaging times, and not above it.
+//! * From a utilization of 35 % on `c` is 1 whatever is confirmed (in between, from 15 % on): a resource that busy does
+//!   something, and what it does for that is what it can do. Least cost leaves a slow resource less busy than a fast one,
+//!   which is no reason to doubt that it is slow.
+//! * `c` is lower where the rate is of few events: ten flows are no measurement.
 //!
 //! Then: within 0.1 to 10 x the mean, at most x or / 1.5 a second, mean 1, slow start.
 
@@ -46,10 +49,17 @@ const STEP_PER_SECOND: f32 = 0.584_962_5;
 const STEP_TIME_MAX: Duration = Duration::from_secs(2);
 /// Exponent of the rate where utilization contradicts it, and where it confirms it.
 const BELIEF: (f32, f32) = (0.25, 0.9);
+/// Utilization from which a rate begins to be believed whatever confirms it, and from which it is believed entirely.
+const SURE: (f32, f32) = (0.15, 0.35);
 /// How far from the pool's mean a utilization (as log2 of the ratio; 10 %) must be to confirm a rate fully.
 const CONFIRMED_AT: f32 = 0.1375;
-/// Events in the averaged time at which a rate is believed by half.
+/// Events in the averaged time at which a rate is believed by half; so many at a utilization that is believed little, and
+/// a quarter of it at one that is believed entirely.
 const EVENTS_HALF: f32 = 20.0;
+/// What a weight's distance from the registered one (as log2; 10 %) is short of: so much of it may be noise.
+const NOISE: f32 = 0.1375;
+/// Part of the fair rate (as log2: 0.7) at which being less busy is no reason for more than the registered weight.
+const NO_MORE_BELOW: f32 = 0.5;
 /// A rate of `r` a second is one of about `6 r` events: two averaging times.
 const EVENTS_PER_RATE: f32 = 6.0;
 /// log2 of [`WEIGHT_RATIO_MAX`].
@@ -62,7 +72,8 @@ const IDLE: (f32, f32) = (0.05, 0.20);
 const UTILIZATION_MIN: f64 = 0.01;
 const RATE_MIN: f64 = 1e-6;
 /// Flows opened a second, on average for each resource, from which that rate is used; below half of it, flows open is
-/// used again.
+/// used again. So it is where flows last longer than [`AVERAGED_OVER`] (twice that) on average: what keeps a resource busy
+/// then is what it was given long ago.
 const OPENED_RATE_MIN: f32 = 1.0;
 /// How fast `utilization` moves weights: the part of the difference in a second.
 const EVEN_OUT_PER_SECOND: f32 = 0.15;
@@ -272,12 +283,14 @@ pub(crate) fn survey(columns: &Columns, masks: &mut Masks, before: RateUnit, lea
     let opened = sum(&columns.flows_opened);
     let opened_min = if before == RateUnit::FlowsOpened { OPENED_RATE_MIN / 2.0 } else { OPENED_RATE_MIN };
     let operations = if counts.carry == counts.fresh { sum(&columns.operations) } else { 0.0 };
+    let open = sum(&columns.flows_open);
+    let lasting_max = AVERAGED_OVER.as_secs_f32() * if before == RateUnit::FlowsOpened { 2.0 } else { 1.0 };
     let (unit, rate) = if operations > 0.0 {
         (RateUnit::Operations, operations)
-    } else if opened >= opened_min * count {
+    } else if opened >= opened_min * count && open <= lasting_max * opened {
         (RateUnit::FlowsOpened, opened)
     } else {
-        (RateUnit::FlowsOpen, sum(&columns.flows_open))
+        (RateUnit::FlowsOpen, open)
     };
     let (utilization, registered) = (sum(&columns.utilization) / count, sum(&columns.registered));
     survey.unit = unit;
@@ -378,21 +391,31 @@ impl Survey {
             let more = (log_rate - log_registered - self.log_fair_rate) * rated;
             let busier =
                 self.utilization_belief(*utilization) * (log_utilization - self.log_mean_utilization);
-            *target = log_registered + fresh * offset(more, busier, *rate);
+            *target = log_registered + fresh * offset(more, busier, *rate, *utilization);
         }
     }
 }
 
 /// How far (as log2) a weight should be from the registered one, of a resource that gets `more` than its fair rate and
 /// is `busier` than the mean (both as log2, both may be negative).
-fn offset(more: f32, busier: f32, rate: f32) -> f32 {
+fn offset(more: f32, busier: f32, rate: f32, utilization: f32) -> f32 {
     let more = within(more, -RATE_RATIO_MAX_LOG2, RATE_RATIO_MAX_LOG2);
     // 1: utilization contradicts the rate (gets less, and is not busier); 0: it confirms it.
     let against = if more > 0.0 { busier } else { -busier };
     let contradiction = within(1.0 + against * (1.0 / CONFIRMED_AT), 0.0, 1.0);
+    let sure = within((utilization - SURE.0) * (1.0 / (SURE.1 - SURE.0)), 0.0, 1.0);
+    let believed = BELIEF.1 - (BELIEF.1 - BELIEF.0) * contradiction;
+    let believed = believed + (1.0 - believed) * sure;
     let events = EVENTS_PER_RATE * rate;
-    let belief = (BELIEF.1 - (BELIEF.1 - BELIEF.0) * contradiction) * events / (events + EVENTS_HALF);
-    within(belief * more - busier, -WEIGHT_RANGE_LOG2, WEIGHT_RANGE_LOG2)
+    let belief = believed * events / (events + EVENTS_HALF * (1.0 - 0.75 * sure));
+    // Who gets less than its fair rate and is less busy for it has shown no more than that: what others do there is the
+    // same with few flows. (A newcomer beside those that hold long flows is the case in point.)
+    let gets_enough = within(1.0 + more * (1.0 / NO_MORE_BELOW), 0.0, 1.0);
+    let most = within(-busier * gets_enough, 0.0, WEIGHT_RANGE_LOG2);
+    let most = if more < 0.0 { most } else { WEIGHT_RANGE_LOG2 };
+    let offset = within(belief * more - busier, -WEIGHT_RANGE_LOG2, most);
+    // Equal resources never look quite equal, and least cost makes much of little.
+    offset - within(offset, -NOISE, NOISE)
 }
 
 /// Memory of an allocation, kept for the next: a fresh half of a megabyte each time would cost more in page faults than
