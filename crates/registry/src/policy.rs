@@ -45,6 +45,10 @@ pub const SATURATED_ABOVE: f32 = 0.9;
 
 /// log2(1.5): the most a weight moves in a second, either way.
 const STEP_PER_SECOND: f32 = 0.584_962_5;
+/// How fast a weight grows that is beyond [`GROWTH_FREE_LOG2`]: by a factor of 2 in ten seconds.
+const GROWTH_PER_SECOND: f32 = 0.1;
+/// log2 of how many times its registered weight a resource may claim without that.
+const GROWTH_FREE_LOG2: f32 = 1.0;
 /// Time between two rebuilds that counts for a step: after a long quiet, a weight must not jump.
 const STEP_TIME_MAX: Duration = Duration::from_secs(2);
 /// Exponent of the rate where utilization contradicts it, and where it confirms it.
@@ -365,11 +369,6 @@ impl Survey {
         self.mean_utilization
     }
 
-    /// How many ask for more than their share may grow.
-    pub(crate) fn growth_held(&self) -> u32 {
-        0
-    }
-
     /// `h`: how far a utilization is believed.
     pub(crate) fn utilization_belief(&self, utilization: f32) -> f32 {
         within((utilization.max(self.mean_utilization) - IDLE.0) / (IDLE.1 - IDLE.0), 0.0, 1.0)
@@ -456,6 +455,8 @@ pub(crate) struct Weighed {
     pub(crate) balancers: f32,
     /// Weights will go on moving without another report.
     pub(crate) moving: bool,
+    /// How many want more than their weight may grow.
+    pub(crate) held: u32,
 }
 
 /// Weighs the resources.
@@ -465,12 +466,14 @@ pub(crate) fn weigh(view: View<'_>, leases: Leases) -> Weighed {
     let survey = survey(columns, masks, view.unit, leases);
     let eligible = &masks.eligible;
     let elapsed = now.since(view.before).min(STEP_TIME_MAX);
-    let (mut moving, mut level) = (false, view.level);
+    let (mut moving, mut level, mut held) = (false, view.level, 0);
     let mut weights: Vec<f32> = match policy {
         Policy::Adaptive | Policy::Maglev | Policy::Prequal => {
             if survey.guard.is_none() {
                 survey.targets(columns, masks, targets);
-                (moving, level) = step(&mut columns.log_weight, targets, &masks.free, (level, elapsed));
+                let fixed = (masks.free.as_slice(), columns.log_registered.as_slice());
+                let stepped = step(&mut columns.log_weight, targets, fixed, (level, elapsed));
+                Stepped { moving, level, held } = stepped;
             }
             learned(columns, masks, &survey, &mut level)
         }
@@ -512,6 +515,7 @@ pub(crate) fn weigh(view: View<'_>, leases: Leases) -> Weighed {
         guard: survey.guard,
         balancers,
         moving,
+        held,
     }
 }
 
@@ -575,15 +579,32 @@ impl Survey {
 ///
 /// Targets compare with each other only. The level is how far the weights that may move are above their targets on
 /// average: with it added, a pool's weights move against each other and not all in one direction.
+///
+/// Beyond twice its registered weight (in the pool's scale) a weight grows by [`GROWTH_PER_SECOND`] only: a resource's own
+/// claim must not win it half a pool within seconds. How many are held by that is given too.
 fn step(
     weights: &mut [f32],
     targets: &mut [f32],
-    free: &[f32],
+    (free, log_registered): (&[f32], &[f32]),
     (level, elapsed): (f32, Duration),
-) -> (bool, f32) {
+) -> Stepped {
     let count = total(free);
     if count == 0.0 {
-        return (false, level);
+        return Stepped { moving: false, level, held: 0 };
+    }
+    // Weights have a mean of 0, as logarithms.
+    let free_of = GROWTH_FREE_LOG2 - sum_of(free, log_registered) / count;
+    let growth = GROWTH_PER_SECOND * elapsed.as_secs_f32() - level;
+    let mut held = 0.0;
+    // Mostly nobody claims as much, and two looks say so.
+    if extremes(weights, |weight| weight).1 > extremes(log_registered, |registered| registered).0 + free_of {
+        let all = weights.iter().zip(targets.iter_mut()).zip(free.iter().zip(log_registered));
+        for ((weight, target), (free, registered)) in all {
+            // The claim itself is cut, and before the level is found: else the others would fall in its place.
+            let most = if *weight > registered + free_of { weight + growth } else { f32::INFINITY };
+            held += if *target > most + ARRIVED { *free } else { 0.0 };
+            *target = if *target > most { most } else { *target };
+        }
     }
     let level = (sum_of(free, weights) - sum_of(free, targets)) / count;
     let most = STEP_PER_SECOND * elapsed.as_secs_f32();
@@ -595,7 +616,17 @@ fn step(
         *target = distance - moved;
     }
     let (back, ahead) = extremes(targets, |left| left);
-    (back < -ARRIVED || ahead > ARRIVED, level)
+    Stepped { moving: back < -ARRIVED || ahead > ARRIVED, level, held: held as u32 }
+}
+
+/// What became of a step.
+#[derive(Debug, Clone, Copy, Default)]
+struct Stepped {
+    /// Some have not arrived.
+    moving: bool,
+    level: f32,
+    /// How many want more than they may grow.
+    held: u32,
 }
 
 /// Takes the mean of all weights (as logarithms) to 0; gives how far it was.
@@ -727,5 +758,34 @@ mod tests {
         assert_eq!(sum_of(&[], &[]), 0.0);
         assert_eq!(extremes(&values, |value| -value), (-18.0, 0.0));
         assert_eq!(extremes(&values[..3], |value| value + 1.0), (1.0, 3.0));
+    }
+
+    #[test]
+    fn a_claim_beyond_twice_the_registered_weight_grows_slowly() {
+        let (free, registered) = ([1.0; 4], [0.0, 1.0, 0.0, -1.0]);
+        let mut weights = [0.0, 1.0, 0.0, -1.0];
+        let mut level = 0.0;
+        let mut second = |weights: &mut [f32; 4], claim: f32| {
+            let mut targets = [claim, 1.0, 0.0, -1.0];
+            let stepped = step(weights, &mut targets, (&free, &registered), (level, Duration::from_secs(1)));
+            level = stepped.level - centre(weights, &free, 4.0);
+            stepped
+        };
+        let mut held = 0;
+        for _ in 0..4 {
+            held = second(&mut weights, 6.0).held;
+        }
+        let after_four = weights[0];
+        assert!(after_four > 1.0 && held == 1, "twice as much within four seconds: {weights:?}");
+        for _ in 0..10 {
+            held = second(&mut weights, 6.0).held;
+        }
+        let grown = weights[0] - after_four;
+        assert!((0.5..1.1).contains(&grown) && held == 1, "and again in ten more: {weights:?}");
+        assert!((weights[1] - weights[2] - 1.0).abs() < 0.1, "the others stay among themselves: {weights:?}");
+        // What falls, falls as fast as ever, and nobody is held.
+        let before = weights[0];
+        assert_eq!(second(&mut weights, -2.0).held, 0);
+        assert!(weights[0] < before - 0.4, "{weights:?}");
     }
 }

@@ -806,10 +806,10 @@ fn guards(pool: &Pool, survey: &Survey, now: Timestamp) -> Vec<GuardStatus> {
         ),
         status(
             "share_growth",
-            survey.growth_held() > 0,
+            pool.growth_held > 0,
             format!(
                 "{} of {eligible} ask for more than twice their registered share faster than it may grow",
-                survey.growth_held()
+                pool.growth_held
             ),
         ),
     ]
