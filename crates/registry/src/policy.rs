@@ -751,6 +751,22 @@ mod tests {
     }
 
     #[test]
+    fn a_rate_is_believed_as_far_as_there_is_reason() {
+        // Gets half of what is fair and is less busy for it, but busy: it is slow.
+        let slow = offset(-1.0, -0.5, 50.0, 0.4);
+        assert!((-0.4..-0.3).contains(&slow), "{slow}");
+        // Gets half and is nearly idle: what it can do is not known.
+        assert_eq!(offset(-1.0, -0.5, 50.0, 0.1), 0.0);
+        // Gets half and is busier: others keep it busy, whatever its utilization.
+        let burning = offset(-1.0, 0.5, 50.0, 0.1);
+        assert!((-1.3..-1.1).contains(&burning), "{burning}");
+        // A newcomer: next to nothing, and next to idle.
+        assert_eq!(offset(-4.0, -3.0, 100.0, 0.06), 0.0);
+        // Nearly equal.
+        assert_eq!(offset(0.1, 0.02, 1_000.0, 0.7), 0.0);
+    }
+
+    #[test]
     fn sums_take_every_value() {
         let values: Vec<f32> = (0..19).map(|n| n as f32).collect();
         assert_eq!(sum_of(&[1.0; 19], &values), 171.0);
