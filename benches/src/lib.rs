@@ -15,6 +15,7 @@ pub mod load;
 pub mod measure;
 pub mod peer;
 pub mod process;
+pub mod race;
 pub mod report;
 pub mod rounds;
 pub mod select;
