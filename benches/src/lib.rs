@@ -17,6 +17,7 @@ pub mod peer;
 pub mod process;
 pub mod race;
 pub mod report;
+pub mod reports;
 pub mod rounds;
 pub mod select;
 pub mod sim;

@@ -16,6 +16,7 @@ use benches::peer::{Installed, Proxy};
 use benches::process;
 use benches::race;
 use benches::report::Report;
+use benches::reports;
 use benches::rounds::{self, Plan};
 use benches::select;
 use benches::sim;
@@ -40,6 +41,8 @@ enum What {
     Sim(SimArguments),
     /// How long clients wait behind trimtab and HAProxy where backends are unequal and disturbed
     Race(race::RaceArguments),
+    /// What a report costs the balancer, and how soon selections follow it
+    Reports(reports::ReportsArguments),
     /// The backends of a race; it starts them itself
     #[command(hide = true)]
     RaceBackends(race::BackendsArguments),
@@ -137,6 +140,11 @@ fn run(command: What) -> anyhow::Result<()> {
             let report = race::run(&arguments, &mut |line| eprintln!("{line}"))?;
             print!("{}", report.markdown());
             write(arguments.markdown.as_ref(), || Ok(report.markdown()))?;
+            write(arguments.json.as_ref(), || Ok(serde_json::to_string_pretty(&report)?))
+        }
+        What::Reports(arguments) => {
+            let report = reports::run(&arguments, &mut |line| eprintln!("{line}"))?;
+            print!("{}", report.markdown());
             write(arguments.json.as_ref(), || Ok(serde_json::to_string_pretty(&report)?))
         }
         What::RaceBackends(arguments) => race::serve(&arguments),

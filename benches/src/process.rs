@@ -98,6 +98,18 @@ impl ProcessTree {
         Ok(Duration::from_nanos(nanos))
     }
 
+    /// Processor time in user mode so far, in seconds, by the clock's ticks of 10 ms (`/proc/PID/stat`).
+    pub fn user_seconds(&self) -> io::Result<f64> {
+        let mut ticks = 0;
+        for pid in &self.pids {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+            // pid (name) state …: the twelfth after the name.
+            let rest = stat.rsplit(") ").next().unwrap_or_default();
+            ticks += rest.split(' ').nth(11).and_then(|ticks| ticks.parse::<u64>().ok()).unwrap_or(0);
+        }
+        Ok(ticks as f64 / 100.0)
+    }
+
     /// Memory now.
     pub fn memory(&self) -> io::Result<Memory> {
         let mut sum = Memory { rss: 0, pss: 0, private_dirty: 0 };

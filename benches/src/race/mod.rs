@@ -31,6 +31,7 @@ pub use backends::{BackendsArguments, serve};
 pub use balancer::Balancer;
 pub use report::Report;
 pub use scenario::{Scenario, WorkShape};
+pub(crate) use window::at_quantile;
 pub use window::{Machine, Window};
 
 use crate::process;
@@ -68,6 +69,9 @@ pub struct RaceArguments {
     /// No antagonist
     #[arg(long)]
     calm: bool,
+    /// Seconds that the antagonist stays with some backends before it moves to others: at least, at most
+    #[arg(long, num_args = 2, default_values_t = [1.0, 2.0], value_parser = number(0.1, 600.0))]
+    holds: Vec<f64>,
     /// The first round's seed; each round adds one
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -87,12 +91,17 @@ pub struct RaceArguments {
 
 impl RaceArguments {
     fn scenario(&self) -> Scenario {
+        let (least, most) = match self.holds[..] {
+            [one, other] => (one.min(other), one.max(other)),
+            _ => (1.0, 2.0),
+        };
         Scenario {
             slots: self.slots.into(),
             mean_work: self.work / 1e3,
             shape: self.shape,
             slow: self.slow,
             antagonist: !self.calm,
+            holds: (least, most),
             load: self.load,
             warmup: self.warmup,
             window: self.seconds,

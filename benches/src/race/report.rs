@@ -147,12 +147,19 @@ impl Report {
     }
 
     fn write_head(&self, text: &mut String) -> fmt::Result {
-        let Scenario { slots, mean_work, slow, load, warmup, window, antagonist, .. } = &self.scenario;
+        let Scenario { slots, mean_work, slow, load, warmup, window, .. } = &self.scenario;
+        let (least, most) = self.scenario.holds;
+        let antagonist = match self.scenario.antagonist {
+            true => {
+                format!("2 or 3 of them lose 50 to 70 % of their speed, others after {least} to {most} s")
+            }
+            false => "no antagonist".to_owned(),
+        };
         let rounds = self.balancers.first().map_or(0, |b| b.p99.rounds.len());
         writeln!(text, "Linux {}; {}.", self.kernel, self.versions.join("; "))?;
         writeln!(
             text,
-            "{BACKENDS} backends of {slots} slots, half of them at speed {slow}; work {:?}, mean {:.0} ms; antagonist: {antagonist}. Nominal capacity {:.0}/s, mean capacity beside the antagonist {:.0}/s, load {load} of the latter: {:.0} requests/s, one connection each.",
+            "{BACKENDS} backends of {slots} slots, half of them at speed {slow}; work {:?}, mean {:.0} ms; {antagonist}. Nominal capacity {:.0}/s, mean capacity beside the antagonist {:.0}/s, load {load} of the latter: {:.0} requests/s, one connection each.",
             self.scenario.shape,
             mean_work * 1e3,
             self.nominal_rate,

@@ -7,9 +7,8 @@ use super::random::Random;
 
 /// Backends: the first half at full speed, the others slower.
 pub(super) const BACKENDS: usize = 10;
-/// How many the antagonist slows down at a time, and for how long.
+/// How many the antagonist slows down at a time.
 const VICTIMS: (usize, usize) = (2, 3);
-const SEGMENT_SECONDS: (f64, f64) = (1.0, 2.0);
 /// The part of their speed that they lose.
 const LOSS: (f64, f64) = (0.5, 0.7);
 /// A normal distribution with a deviation as large as its mean, cut off at zero, has this mean in terms of the former.
@@ -42,6 +41,8 @@ pub struct Scenario {
     pub slow: f64,
     /// Whether there is an antagonist.
     pub antagonist: bool,
+    /// Seconds, at least and at most, that it stays with some backends before it moves to others.
+    pub holds: (f64, f64),
     /// Part of the mean capacity that arrivals ask for.
     pub load: f64,
     /// Seconds before the window.
@@ -119,7 +120,7 @@ impl Scenario {
         let mut random = Random::new(seed, 3);
         let mut until = 0.0;
         while self.antagonist && until < self.warmup + self.window + AFTERMATH_SECONDS {
-            until += random.between(SEGMENT_SECONDS.0, SEGMENT_SECONDS.1);
+            until += random.between(self.holds.0, self.holds.1);
             segments.push(Segment { until, speeds: slowed(base, &mut random) });
         }
         Speeds { base, segments }
@@ -181,6 +182,7 @@ mod tests {
             shape: WorkShape::Exponential,
             slow: 0.5,
             antagonist: true,
+            holds: (1.0, 2.0),
             load: 0.8,
             warmup: 10.0,
             window: 200.0,
