@@ -19,5 +19,6 @@ pub mod race;
 pub mod report;
 pub mod reports;
 pub mod rounds;
+mod scrape;
 pub mod select;
 pub mod sim;

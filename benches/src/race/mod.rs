@@ -75,6 +75,9 @@ pub struct RaceArguments {
     /// The first round's seed; each round adds one
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Times that a window is repeated in which the harness itself was late
+    #[arg(long, default_value_t = 2)]
+    retries: u16,
     /// Processor for the balancers
     #[arg(long, default_value_t = 1)]
     proxy_cpu: usize,
@@ -133,7 +136,7 @@ pub fn run(arguments: &RaceArguments, say: &mut dyn FnMut(&str)) -> anyhow::Resu
     for round in 0..usize::from(arguments.rounds) {
         let seed = arguments.seed + round as u64;
         for &balancer in &balancers {
-            let window = window::run(&machine, balancer, &scenario, seed)
+            let window = undisturbed(&machine, balancer, &scenario, seed, arguments.retries)
                 .with_context(|| format!("round {}, {balancer}", round + 1))?;
             say(&format!("round {}/{} {balancer:26} {}", round + 1, arguments.rounds, window.brief()));
             windows.push(window);
@@ -141,6 +144,27 @@ pub fn run(arguments: &RaceArguments, say: &mut dyn FnMut(&str)) -> anyhow::Resu
         }
     }
     Ok(Report::new(&scenario, &balancers, &machine, windows))
+}
+
+/// Runs a window, again where the harness was late; in the end the least late is taken.
+fn undisturbed(
+    machine: &Machine,
+    balancer: Balancer,
+    scenario: &Scenario,
+    seed: u64,
+    retries: u16,
+) -> anyhow::Result<Window> {
+    let mut best = window::run(machine, balancer, scenario, seed)?;
+    for _ in 0..retries {
+        if best.late() <= report::LATE_MAX_MILLIS {
+            break;
+        }
+        let again = window::run(machine, balancer, scenario, seed)?;
+        if again.late() < best.late() {
+            best = again;
+        }
+    }
+    Ok(best)
 }
 
 /// A number within bounds.

@@ -19,7 +19,7 @@ const THROUGHPUT_WITHIN: f64 = 0.02;
 /// Draws for an interval of confidence.
 const RESAMPLES: usize = 10_000;
 /// Windows in which requests were sent or answered later than this by the harness say little about balancers.
-const LATE_MAX_MILLIS: f64 = 10.0;
+pub(super) const LATE_MAX_MILLIS: f64 = 10.0;
 
 /// Everything there is to say about a race.
 #[derive(Debug, Serialize)]
@@ -170,7 +170,7 @@ impl Report {
             text,
             "{rounds} rounds of {window} s after {warmup} s of warm-up; median of the windows (least to largest).\n"
         )?;
-        let late = |w: &&Window| w.send_late_p99.max(w.serve_late_p99) > LATE_MAX_MILLIS;
+        let late = |w: &&Window| w.late() > LATE_MAX_MILLIS;
         let disturbed = self.windows.iter().filter(late).count();
         if disturbed > 0 {
             writeln!(

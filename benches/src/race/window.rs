@@ -1,7 +1,7 @@
 //! One window: a fresh balancer before fresh backends, a warm-up, and what came of the requests of the window.
 
 use std::env;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -18,6 +18,7 @@ use crate::measure::Folder;
 use crate::peer::{self, Installed, Proxy};
 use crate::process::{self, ProcessTree};
 use crate::report::figure;
+use crate::scrape::Page;
 
 /// Programs and processors.
 #[derive(Debug)]
@@ -82,6 +83,9 @@ pub struct Window {
     pub(super) reports_accepted: u64,
     pub(super) reports_refused: u64,
     pub(super) agent_checks: u64,
+    /// trimtab's weights, averaged over the window, and the part of it in which it held them.
+    pub(super) weights: Vec<f64>,
+    pub(super) weights_held: f64,
     /// What agents would have answered at the end.
     pub(super) agent_percent: Vec<u32>,
     /// Sorted.
@@ -90,6 +94,11 @@ pub struct Window {
 }
 
 impl Window {
+    /// How late the harness itself was, in milliseconds (99th percentile): the processors were busy with something else.
+    pub(super) fn late(&self) -> f64 {
+        self.send_late_p99.max(self.serve_late_p99)
+    }
+
     /// In a line.
     pub fn brief(&self) -> String {
         let Self { requests, failed, timed_out, throughput, mean, p50, p99, p999, .. } = self;
@@ -143,7 +152,8 @@ pub(super) fn run(
         let (trees, link) = ((&tree, &backends), &mut link);
         let started = Instant::now();
         let order = link.order(&Order::Go);
-        let watch = scope.spawn(move || watch(machine, trees, link, scenario, started));
+        let http = control.map(|_| places.http);
+        let watch = scope.spawn(move || watch(machine, trees, link, http, scenario, started));
         let done = order.map_err(anyhow::Error::from).and_then(|_| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             Ok(runtime.block_on(load::run(places.listen, &arrivals, started.into())))
@@ -167,9 +177,29 @@ fn places(link: &mut Link, scenario: &Scenario) -> anyhow::Result<Places> {
 
 /// What was seen from beside.
 struct Seen {
+    told: Told,
     account: Account,
     balancer_busy: f64,
     foreign_busy: f64,
+}
+
+/// What trimtab says of itself, summed over pages.
+#[derive(Default)]
+struct Told {
+    pages: f64,
+    weights: Vec<f64>,
+    held: f64,
+}
+
+impl Told {
+    fn add(&mut self, page: &Page) {
+        self.pages += 1.0;
+        self.weights.resize(BACKENDS, 0.0);
+        for (backend, weight) in self.weights.iter_mut().enumerate() {
+            *weight += page.sum("trimtab_resource_weight", &format!("\"b{backend}\""));
+        }
+        self.held += page.sum("trimtab_weights_held", "");
+    }
 }
 
 /// Processor time until a moment: of the balancer, of load and backends, and of both processors.
@@ -186,6 +216,7 @@ fn watch(
     machine: &Machine,
     trees: (&ProcessTree, &ProcessTree),
     link: &mut Link,
+    http: Option<SocketAddr>,
     scenario: &Scenario,
     started: Instant,
 ) -> anyhow::Result<Seen> {
@@ -196,6 +227,13 @@ fn watch(
     sleep_until(scenario.warmup);
     link.order(&Order::Window)?;
     let before = used(machine, trees)?;
+    let mut told = Told::default();
+    while let Some(http) =
+        http.filter(|_| started.elapsed().as_secs_f64() + 1.5 < scenario.warmup + scenario.window)
+    {
+        std::thread::sleep(Duration::from_secs(1));
+        told.add(&Page::get(http)?);
+    }
     sleep_until(scenario.warmup + scenario.window);
     let after = used(machine, trees)?;
     let Answer::Account(account) = link.order(&Order::Finish)? else {
@@ -208,7 +246,7 @@ fn watch(
         part(after.proxy_processor, before.proxy_processor) - balancer,
         part(after.load_processor, before.load_processor) - ours,
     ];
-    Ok(Seen { account, balancer_busy: balancer, foreign_busy: foreign[0].max(foreign[1]).max(0.0) })
+    Ok(Seen { told, account, balancer_busy: balancer, foreign_busy: foreign[0].max(foreign[1]).max(0.0) })
 }
 
 fn used(machine: &Machine, (balancer, backends): (&ProcessTree, &ProcessTree)) -> anyhow::Result<Used> {
@@ -259,6 +297,8 @@ fn summary(balancer: Balancer, seed: u64, scenario: &Scenario, done: &[Done], se
         reports_accepted: seen.account.reports_accepted,
         reports_refused: seen.account.reports_refused,
         agent_checks: seen.account.agent_checks,
+        weights: seen.told.weights.iter().map(|sum| sum / seen.told.pages.max(1.0)).collect(),
+        weights_held: seen.told.held / seen.told.pages.max(1.0),
         agent_percent: seen.account.agent_percent,
         latencies,
     }

@@ -2,8 +2,7 @@
 
 use std::fmt;
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -19,6 +18,7 @@ use super::streams::{self, Content, POOL, Stream};
 use crate::measure::Folder;
 use crate::peer::{self, Installed, Proxy};
 use crate::process::{self, ProcessTree};
+use crate::scrape::Page;
 
 /// Reports of one stream are at least so far apart: the balancer takes 20 a second of each.
 const GAP: Duration = Duration::from_millis(52);
@@ -175,18 +175,11 @@ struct Metrics {
 
 impl Metrics {
     fn scrape(http: SocketAddr) -> anyhow::Result<Self> {
-        let mut stream = TcpStream::connect(http)?;
-        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")?;
-        let mut page = String::new();
-        stream.read_to_string(&mut page)?;
-        let sum = |name: &str, label: &str| {
-            let lines = page.lines().filter(|line| line.starts_with(name) && line.contains(label));
-            lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum::<f64>()
-        };
+        let page = Page::get(http)?;
         Ok(Self {
-            accepted: sum("trimtab_reports_total{", "result=\"accepted\""),
-            cpu: sum("process_cpu_seconds_total", ""),
-            generation: sum("trimtab_table_generation", ""),
+            accepted: page.sum("trimtab_reports_total", "result=\"accepted\""),
+            cpu: page.sum("process_cpu_seconds_total", ""),
+            generation: page.sum("trimtab_table_generation", ""),
         })
     }
 }
