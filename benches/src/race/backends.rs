@@ -477,4 +477,45 @@ mod tests {
         assert!((reading.rate - 1.5).abs() < 1e-9, "{reading:?}");
         assert!((meter.report(after(3.0), 4).utilization - 0.5).abs() < 1e-9);
     }
+
+    #[test]
+    fn requests_wait_for_a_slot_and_are_counted() {
+        let scenario = Scenario {
+            slots: 1,
+            mean_work: 0.02,
+            shape: super::super::WorkShape::Exponential,
+            slow: 0.5,
+            antagonist: false,
+            holds: (1.0, 2.0),
+            load: 0.5,
+            warmup: 1.0,
+            window: 1.0,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let fleet = Arc::new(Fleet::new(&scenario, 1));
+            let listener = listen().await.unwrap();
+            let address = listener.local_addr().unwrap();
+            tokio::spawn(accept_requests(Arc::clone(&fleet), 5, listener));
+            fleet.start();
+            fleet.begin_window();
+            let begun = Instant::now();
+            let request = || async move {
+                let mut stream = TcpStream::connect(address).await.unwrap();
+                stream.write_all(b"20000\n").await.unwrap();
+                let mut answer = String::new();
+                stream.read_to_string(&mut answer).await.unwrap();
+                assert_eq!(answer, "done\n");
+                begun.elapsed().as_secs_f64()
+            };
+            // Who hangs up without a word, as a health check does, takes no slot.
+            drop(TcpStream::connect(address).await.unwrap());
+            let (one, other) = tokio::join!(request(), request());
+            // 20 ms of work at half speed, one after the other.
+            assert!(one.min(other) >= 0.04 && one.max(other) >= 0.08, "{one} {other}");
+            let account = fleet.account();
+            assert_eq!(account.served[5], 2);
+            assert!(account.busy[5] > 0.5 && account.busy[4] == 0.0, "{account:?}");
+        });
+    }
 }
