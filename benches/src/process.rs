@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Resource, Signal};
 use rustix::thread::CpuSet;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 /// Every process of every tree that runs: the panic hook has nothing else to go by.
 static RUNNING: Mutex<Vec<i32>> = Mutex::new(Vec::new());
@@ -159,6 +161,19 @@ pub fn kill_all_on_panic() {
             all.iter().for_each(|pid| kill_one(*pid));
         }
     }));
+}
+
+/// Lets SIGINT and SIGTERM kill what was started, and end this process: for commands that have nothing to say half-way.
+pub fn kill_all_on_signal() -> io::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            running(|all| all.iter().for_each(|pid| kill_one(*pid)));
+            eprintln!("bench: interrupted");
+            std::process::exit(128 + signal);
+        }
+    })?;
+    Ok(())
 }
 
 /// Lets this thread run on `cpu` alone.

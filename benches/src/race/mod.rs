@@ -129,6 +129,7 @@ pub fn run(arguments: &RaceArguments, say: &mut dyn FnMut(&str)) -> anyhow::Resu
     }
     let machine = Machine::find(&balancers, proxy_cpu, load_cpu)?;
     process::kill_all_on_panic();
+    process::kill_all_on_signal().context("handling signals")?;
     process::raise_descriptor_limit().context("raising the limit of open files")?;
     process::pin_to(load_cpu).with_context(|| format!("running on processor {load_cpu} (--load-cpu)"))?;
     let scenario = arguments.scenario();

@@ -74,6 +74,7 @@ pub fn run(arguments: &ReportsArguments, say: &mut dyn FnMut(&str)) -> anyhow::R
         "--resources takes 100 to 100000"
     );
     process::kill_all_on_panic();
+    process::kill_all_on_signal().context("handling signals")?;
     process::raise_descriptor_limit().context("raising the limit of open files")?;
     process::pin_to(load_cpu).with_context(|| format!("running on processor {load_cpu} (--load-cpu)"))?;
     let mut report = Report { rates: Vec::new(), visible: Vec::new() };
