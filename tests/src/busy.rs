@@ -25,10 +25,18 @@ const LEAVE_PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
 /// When the file cannot be written.
 #[track_caller]
 pub fn write_utilization(file: &Path, cpu: f64) {
-    let new = file.with_extension("new");
     let calm = r#"{"pressure_cpu": 0, "pressure_memory": 0, "pressure_io": 0, "swap": 0}"#;
-    fs::write(&new, format!(r#"{{"cpu": {cpu}, "memory": 0.2, "utilization": {calm}}}"#))
-        .expect("a file in our own folder");
+    write_whole(file, &format!(r#"{{"cpu": {cpu}, "memory": 0.2, "utilization": {calm}}}"#));
+}
+
+/// Writes a file in one step: nobody ever reads half of it.
+///
+/// # Panics
+/// When the file cannot be written.
+#[track_caller]
+pub fn write_whole(file: &Path, text: &str) {
+    let new = file.with_extension("new");
+    fs::write(&new, text).expect("a file in our own folder");
     fs::rename(&new, file).expect("a file in our own folder");
 }
 

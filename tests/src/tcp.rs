@@ -1,7 +1,7 @@
 //! Plain TCP: clients, and backends that do what a test says.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread::JoinHandle;
@@ -21,6 +21,19 @@ const BACKLOG: i32 = 8192;
 /// As connect(2).
 pub fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    bound(&stream)?;
+    Ok(stream)
+}
+
+/// As [`connect`], from this address of our own.
+///
+/// # Errors
+/// As bind(2) and connect(2).
+pub fn connect_from(source: IpAddr, address: SocketAddr) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.bind(&SocketAddr::new(source, 0).into())?;
+    socket.connect_timeout(&address.into(), PATIENCE)?;
+    let stream = socket.into();
     bound(&stream)?;
     Ok(stream)
 }

@@ -69,24 +69,47 @@ pub struct BalancerConfig {
     pub dataplane: String,
     /// Lines of the `[[pool]]`.
     pub pool: String,
+    /// Further sections: pools, listeners, `[decisions]`.
+    pub further: String,
 }
 
 impl Default for BalancerConfig {
     fn default() -> Self {
         let [control, http, listener] = std::array::from_fn(|_| crate::loopback());
-        Self { control, http, listener, dataplane: String::new(), pool: String::new() }
+        let [dataplane, pool, further] = std::array::from_fn(|_| String::new());
+        Self { control, http, listener, dataplane, pool, further }
     }
 }
 
 impl BalancerConfig {
     /// As a file.
     pub fn text(&self) -> String {
-        let Self { control, http, listener, dataplane, pool } = self;
+        let Self { control, http, listener, dataplane, pool, further } = self;
         let mut text = format!("[control]\nlisten = \"{control}\"\n[http]\nlisten = \"{http}\"\n");
         let _ = write!(text, "[dataplane]\n{dataplane}\n[[pool]]\nname = \"{}\"\n{pool}\n", crate::POOL);
-        let _ = write!(text, "[[listener]]\nbind = \"tcp://{listener}\"\npool = \"{}\"\n", crate::POOL);
+        text.push_str(&listener_section(*listener, crate::POOL, ""));
+        text.push_str(further);
         text
     }
+
+    /// Adds a listener of the pool that requires something; gives its address.
+    pub fn add_listener(&mut self, requires: &str) -> SocketAddr {
+        let listener = crate::loopback();
+        self.further += &listener_section(listener, crate::POOL, &format!("requires = [\"{requires}\"]"));
+        listener
+    }
+
+    /// Adds a pool with these lines, and a listener of it; gives the listener's address.
+    pub fn add_pool(&mut self, name: &str, lines: &str) -> SocketAddr {
+        let listener = crate::loopback();
+        let _ = writeln!(self.further, "[[pool]]\nname = \"{name}\"\n{lines}");
+        self.further += &listener_section(listener, name, "");
+        listener
+    }
+}
+
+fn listener_section(listener: SocketAddr, pool: &str, lines: &str) -> String {
+    format!("[[listener]]\nbind = \"tcp://{listener}\"\npool = \"{pool}\"\n{lines}\n")
 }
 
 /// A running `trimtab serve`.
@@ -179,14 +202,23 @@ impl Balancer {
         ended.stdout
     }
 
+    /// What an admin command answers to scripts.
+    ///
+    /// # Panics
+    /// When it does not succeed, or not with JSON.
+    #[track_caller]
+    pub fn ask(&self, arguments: &[&str]) -> serde_json::Value {
+        let text = self.admin(&[arguments, &["-o", "json"]].concat());
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("trimtab {arguments:?}: {error}: {text}"))
+    }
+
     /// `trimtab resources -o json`, by id.
     ///
     /// # Panics
     /// When it does not answer so.
     #[track_caller]
     pub fn resources(&self) -> serde_json::Map<String, serde_json::Value> {
-        let text = self.admin(&["resources", "-o", "json"]);
-        let resources: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let resources = self.ask(&["resources"]);
         let list = resources["resources"].as_array().expect("a list of resources");
         let by_id =
             |resource: &serde_json::Value| Some((resource["id"].as_str()?.to_owned(), resource.clone()));
@@ -205,9 +237,17 @@ impl Balancer {
     /// When it cannot be started.
     #[track_caller]
     pub fn agent(&self, id: &str, address: SocketAddr, further: &[&str]) -> Process {
+        self.agent_of(crate::POOL, id, address, further)
+    }
+
+    /// As [`Self::agent`], in this pool.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[track_caller]
+    pub fn agent_of(&self, pool: &str, id: &str, address: SocketAddr, further: &[&str]) -> Process {
         let (balancer, address) = (format!("http://{}", self.config.control), address.to_string());
-        let arguments =
-            ["agent", "--pool", crate::POOL, "--id", id, "--address", &address, "--balancer", &balancer];
+        let arguments = ["agent", "--pool", pool, "--id", id, "--address", &address, "--balancer", &balancer];
         Process::start(&format!("agent {id}"), &mut trimtab_command(&[&arguments, further].concat()))
     }
 }

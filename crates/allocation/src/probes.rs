@@ -153,14 +153,16 @@ impl ProbePool {
             return None;
         }
         let age_max = self.knobs.age_max;
-        self.answers.retain(|a| a.uses < a.uses_max && now.since(a.at) <= age_max && usable(a.index));
-        if self.answers.len() < OCCUPANCY_MIN {
+        self.answers.retain(|a| a.uses < a.uses_max && now.since(a.at) <= age_max);
+        // Others stay: they serve flows that require something else, or fall to another side of a split.
+        let usable: Vec<Answer> = self.answers.iter().copied().filter(|a| usable(a.index)).collect();
+        if usable.len() < OCCUPANCY_MIN {
             return None;
         }
-        let threshold = self.threshold();
+        let threshold = self.threshold(&usable);
         let cold = |a: &&Answer| a.in_flight <= threshold;
-        let best = self.answers.iter().filter(cold).min_by_key(|a| (a.latency_micros, a.in_flight));
-        let best = *best.or_else(|| self.answers.iter().min_by_key(|a| a.in_flight))?;
+        let best = usable.iter().filter(cold).min_by_key(|a| (a.latency_micros, a.in_flight));
+        let best = *best.or_else(|| usable.iter().min_by_key(|a| a.in_flight))?;
         for answer in self.answers.iter_mut().filter(|a| a.index == best.index) {
             answer.in_flight = answer.in_flight.saturating_add(1);
             if answer.at == best.at {
@@ -177,8 +179,8 @@ impl ProbePool {
     }
 
     /// Requests in flight up to which an answer is cold.
-    fn threshold(&self) -> u32 {
-        let mut all: Vec<u32> = self.answers.iter().map(|a| a.in_flight).collect();
+    fn threshold(&self, answers: &[Answer]) -> u32 {
+        let mut all: Vec<u32> = answers.iter().map(|a| a.in_flight).collect();
         all.sort_unstable();
         let place = (self.knobs.quantile.clamp(0.0, 1.0) * (all.len() - 1) as f64) as usize;
         all[place]
@@ -193,7 +195,7 @@ impl ProbePool {
         if self.answers.is_empty() {
             return None;
         }
-        let threshold = self.threshold();
+        let threshold = self.threshold(&self.answers);
         let key = |place: &usize| {
             let answer = &self.answers[*place];
             let hot = answer.in_flight > threshold;
@@ -252,6 +254,20 @@ mod tests {
         assert_eq!(pool.choose(1, at(1), |_| true), Some((BackendIndex(1), 2, 300)));
         let none_but = |wanted: u32| move |index: BackendIndex| index.0 == wanted;
         assert_eq!(pool.choose(1, at(1), none_but(3)), None, "one answer is no choice");
+    }
+
+    #[test]
+    fn what_one_flow_may_not_use_another_may() {
+        let mut pool = ProbePool::new(ProbeKnobs { remove_per_flow: 0.0, ..ProbeKnobs::default() }, 1);
+        pool.renumber(1, 4);
+        // Two sides of a split: 0 and 1, 2 and 3.
+        for (index, in_flight) in [(0, 500), (1, 1), (2, 1), (3, 500)] {
+            pool.answer(1, BackendIndex(index), in_flight, 10, at(0));
+        }
+        let mut chosen = |side: u32| pool.choose(1, at(1), |index| index.0 / 2 == side).map(|c| c.0.0);
+        for flow in 0..10 {
+            assert_eq!((chosen(0), chosen(1)), (Some(1), Some(2)), "flow {flow}");
+        }
     }
 
     #[test]

@@ -242,6 +242,8 @@ impl Selector {
         claims: bool,
     ) -> Result<BackendIndex, NoBackend> {
         let eligible = table.eligible();
+        // What an earlier selection drew are indexes of its table, which may be larger than this one.
+        self.sampled.count = 0;
         if eligible.is_empty() {
             let unmet = table.is_requirement_unmet();
             return Err(if unmet { NoBackend::RequirementUnmet } else { NoBackend::NoneReady });
@@ -776,6 +778,24 @@ mod tests {
         };
         let members = Members::new((0..weights.len()).map(backend).collect());
         AllocationTable::new(1, policy, Arc::new(members), weights.to_vec())
+    }
+
+    #[test]
+    fn what_was_drawn_from_one_table_is_not_looked_for_in_another() {
+        let empty = AllocationTable::empty(Policy::P2c);
+        for policy in Policy::ALL {
+            let mut selector = Selector::new(1);
+            let chosen = selector.select(&table(Policy::P2c, &[1.0; 9]), &Excluded::none(), NOW).unwrap();
+            let small = table(policy, &[0.0]);
+            for table in [&empty, &small] {
+                assert!(selector.select(table, &Excluded::none(), NOW).is_err());
+                assert!(
+                    selector.looks(table, None, &Excluded::none(), NOW).as_slice().is_empty(),
+                    "{policy}"
+                );
+            }
+            drop(chosen);
+        }
     }
 
     /// Selects `flows` one after the other; each is over before the next (idle) or none ends (held).

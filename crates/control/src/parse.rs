@@ -5,7 +5,7 @@ use std::time::Duration;
 use allocation::{IdError, PoolName, ResourceId};
 use api::v1::{self, Readiness as WireReadiness};
 use registry::{
-    LabelsError, RawRegistration, RawUtilization, Readiness, Registration, RegistrationError, Report,
+    Labels, LabelsError, RawRegistration, RawUtilization, Readiness, Registration, RegistrationError, Report,
     ResourceState, ResourceStatus, Standing, Utilization, UtilizationError, VersionStatus,
 };
 
@@ -127,7 +127,7 @@ pub(crate) fn wire_duration(duration: Duration) -> prost_types::Duration {
 
 pub(crate) fn resource_status(status: &ResourceStatus) -> v1::ResourceStatus {
     v1::ResourceStatus {
-        resource: Some(wire_resource(&status.registration)),
+        resource: Some(wire_resource(&status.registration, &status.labels)),
         incarnation: status.registration.incarnation(),
         state: state(status.standing.state).into(),
         weight: status.standing.weight,
@@ -171,12 +171,12 @@ pub(crate) fn version_status(status: &VersionStatus) -> v1::VersionStatus {
     }
 }
 
-fn wire_resource(registration: &Registration) -> v1::Resource {
+fn wire_resource(registration: &Registration, labels: &Labels) -> v1::Resource {
     v1::Resource {
         id: registration.id().to_string(),
         pool: registration.pool().to_string(),
         address: registration.address().to_string(),
-        labels: registration.labels().clone().into_iter().collect(),
+        labels: labels.clone().into_iter().collect(),
         version: registration.version().to_owned(),
         flows_max: registration.flows_max(),
         weight: f64::from(registration.weight()),

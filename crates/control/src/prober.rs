@@ -122,7 +122,10 @@ impl Probed {
             let mut answers = self.answers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             answers.wanted(flows, now)
         };
-        for _ in 0..wanted.min(self.targets.addresses.len()) {
+        // One flow asks each resource once at most; several flows may ask the same one.
+        let most =
+            usize::try_from(flows.max(1)).unwrap_or(usize::MAX).saturating_mul(self.targets.addresses.len());
+        for _ in 0..wanted.min(most) {
             // A stride that is prime to most counts: neighbours are not probed together.
             self.turn = self.turn.wrapping_add(7_919);
             let (index, address) = self.targets.addresses[self.turn % self.targets.addresses.len()];

@@ -84,7 +84,6 @@ pub(crate) struct Worker {
     flows: Slots<FlowSlot>,
     chunks: Chunks,
     wheel: TimerWheel,
-    selector: Selector,
     tuning: Tuning,
     pipes: Pipes,
     flows_max: u32,
@@ -115,6 +114,8 @@ struct Listener {
     table: Arc<AllocationTable>,
     /// Whether `table` was read in this batch.
     table_read: bool,
+    /// Its own: turns of one pool must not move those of another.
+    selector: Selector,
 }
 
 /// One flow and its sockets.
@@ -175,7 +176,8 @@ impl Worker {
         let now = setup.clock.now();
         let listener = |(socket, mut reader): (OwnedFd, Reader)| {
             let table = Arc::clone(reader.read());
-            Listener { socket: Some(socket), armed: false, reader, table, table_read: false }
+            let selector = Selector::new(seed(setup.worker));
+            Listener { socket: Some(socket), armed: false, reader, table, table_read: false, selector }
         };
         setup.buffer_bytes.buffer_bytes.store(u64::from(BUFFER_BYTES), Relaxed);
         let mut worker = Self {
@@ -189,7 +191,6 @@ impl Worker {
             flows: Slots::new(),
             chunks: Chunks::new(0),
             wheel: TimerWheel::new(now.timestamp()),
-            selector: Selector::new(seed(setup.worker)),
             tuning: Tuning { full_read_bytes: BUFFER_BYTES, splice_after: SPLICE_AFTER, ..setup.tuning },
             pipes: Pipes::default(),
             flows_max: setup.flows_max,
@@ -263,7 +264,7 @@ impl Worker {
         self.stats.buffers.set(u64::from(both(BufferPool::buffers)));
         self.stats.buffers_in_use.set(u64::from(both(BufferPool::held)));
         self.stats.enters.set(self.ring.enters());
-        self.stats.ejections_ignored.set(self.selector.panics());
+        self.stats.ejections_ignored.set(self.listeners.iter().map(|l| l.selector.panics()).sum());
         self.stats.completion_overflows.set(u64::from(self.ring.completion_overflows()));
     }
 
@@ -614,16 +615,17 @@ impl Worker {
 
     /// Selects a backend that the flow has not tried and connects to it.
     fn connect(&mut self, index: u32) -> Result<(), EnterError> {
-        let Self { flows, listeners, selector, now, ring, .. } = self;
+        let Self { flows, listeners, now, ring, .. } = self;
         let Some(slot) = flows.get_mut(index) else { return Ok(()) };
         if let Some(failed) = slot.backend.take() {
             ring.close(failed)?;
         }
         let listener = slot.listener;
-        let table = Arc::clone(listeners[usize::from(listener)].table());
+        let accepted_by = &mut listeners[usize::from(listener)];
+        let table = Arc::clone(accepted_by.table());
         let tried = excluded(&table, &slot.tried);
         let key = if table.wants_key() { client_key(slot.client.as_ref()) } else { FlowKey::from_bits(0) };
-        let selection = selector.select_for(&table, key, &tried, now.timestamp());
+        let selection = accepted_by.selector.select_for(&table, key, &tried, now.timestamp());
         self.note(listener, &table, &tried, &selection);
         let (chosen, open) = match selection {
             Ok(Selection { index: chosen, open, .. }) => (chosen, open),
@@ -670,6 +672,7 @@ impl Worker {
         };
         let now = self.now.timestamp();
         let looked_at = table.side(usize::from(side));
+        let selector = &self.listeners[usize::from(listener)].selector;
         self.stats.decisions.note(|| Decision {
             at: now,
             worker: self.worker as u16,
@@ -678,7 +681,7 @@ impl Worker {
             side,
             chosen,
             tried: tried.count(),
-            looks: self.selector.looks(looked_at, chosen.ok(), tried, now),
+            looks: selector.looks(looked_at, chosen.ok(), tried, now),
         });
     }
 

@@ -82,6 +82,8 @@ pub(crate) struct Pool {
     scratch: Scratch,
     /// Sum of the published weights.
     weights: f32,
+    /// Of a split pool: the part of all flows that a unit of weight on each side gets.
+    side_parts: Vec<f32>,
     /// No lease ends before it.
     earliest_lease: Timestamp,
     pub(crate) arrivals: Arrivals,
@@ -123,6 +125,7 @@ impl Pool {
             slow_until: Timestamp::ZERO,
             scratch: Scratch::default(),
             weights: 0.0,
+            side_parts: Vec::new(),
             earliest_lease: Timestamp::NEVER,
             arrivals: Arrivals::default(),
         }
@@ -385,6 +388,10 @@ impl Pool {
 
     /// The part of the pool's new flows that goes to the slot.
     pub(crate) fn share(&self, slot: usize) -> f64 {
+        if self.versions.is_some() {
+            let part = self.side_parts.get(usize::from(self.columns.side[slot])).copied().unwrap_or(0.0);
+            return f64::from(self.columns.weight[slot] * part);
+        }
         if self.weights > 0.0 { f64::from(self.columns.weight[slot]) / f64::from(self.weights) } else { 0.0 }
     }
 
@@ -463,6 +470,13 @@ impl Pool {
             (0..self.requirements.len()).map(|table| self.table(table, &weighed, now)).collect();
         if self.policy() == Policy::Criteria {
             self.take_over_weights(&tables[0]);
+        }
+        if let Some(versions) = &self.versions {
+            let mut weights = vec![0.0; versions.count()];
+            for (weight, side) in self.columns.weight.iter().zip(&self.columns.side) {
+                weights[usize::from(*side)] += weight;
+            }
+            self.side_parts = versions.parts(&weights);
         }
         Some(tables)
     }

@@ -874,6 +874,7 @@ fn resource_status(pool: &Pool, entry: &Entry, now: Timestamp) -> ResourceStatus
     let row = &pool.columns.row(entry.slot);
     ResourceStatus {
         registration: Arc::clone(&entry.registration),
+        labels: Arc::clone(&entry.labels),
         standing: standing(pool, entry),
         flows_opened: entry.live.flows_opened(),
         connect_failures: entry.live.connect_failures(),
@@ -949,6 +950,8 @@ fn left_out(pool: &Pool, entry: &Entry, table: usize, now: Timestamp) -> Option<
     }
     match entry.live.verdict(flows_max, now) {
         Verdict::Usable | Verdict::Probe => None,
+        // As its tables do.
+        Verdict::Ejected if pool.guard.is_some() => None,
         Verdict::Paused => Some(LeftOut::Paused),
         Verdict::Ejected => Some(LeftOut::Ejected),
         Verdict::Full => Some(LeftOut::Full { flows_max }),

@@ -95,6 +95,19 @@ impl Versions {
         self.judge.shares().get(side).copied().unwrap_or(0.0)
     }
 
+    /// The part of all flows that a unit of weight on each side gets, by the sums of weights. The flows of a side that has
+    /// nobody go to the first that has somebody, as selections do it.
+    pub(crate) fn parts(&self, weights: &[f32]) -> Vec<f32> {
+        let mut shares = self.judge.shares();
+        if let Some(first) = weights.iter().position(|weight| *weight > 0.0) {
+            for (side, _) in weights.iter().enumerate().filter(|(_, weight)| **weight <= 0.0) {
+                shares[first] += std::mem::take(&mut shares[side]);
+            }
+        }
+        let part = |(share, weight): (&f32, &f32)| if *weight > 0.0 { share / weight } else { 0.0 };
+        shares.iter().zip(weights).map(part).collect()
+    }
+
     pub(crate) fn set_share(&mut self, version: &str, share: f32) -> Result<(), SplitError> {
         self.judge.set_share(version, share)
     }
@@ -222,5 +235,21 @@ impl Tally {
             resources: self.resources,
             ready: self.ready,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::versions::AbortConfig;
+
+    #[test]
+    fn shares_are_divided_within_a_side_and_those_of_nobody_go_to_another() {
+        let config = SplitConfig::parse(&["1", "2=20%"], SplitBy::Share, AbortConfig::default()).unwrap();
+        let versions = Versions::new(config);
+        assert_eq!(versions.parts(&[4.0, 0.5]), [0.2, 0.4]);
+        assert_eq!(versions.parts(&[2.0, 0.0]), [0.5, 0.0]);
+        assert_eq!(versions.parts(&[0.0, 2.0]), [0.0, 0.5]);
+        assert_eq!(versions.parts(&[0.0, 0.0]), [0.0, 0.0]);
     }
 }

@@ -62,6 +62,8 @@ pub struct Standing {
 pub struct ResourceStatus {
     /// What it registered.
     pub registration: Arc<Registration>,
+    /// In force: what it said last, with what an administrator entered.
+    pub labels: Arc<Labels>,
     /// Short.
     pub standing: Standing,
     /// Flows opened to it since its registration.

@@ -210,7 +210,8 @@ impl SplitConfig {
     fn give_the_rest(&mut self) -> Result<(), SplitError> {
         let given: f32 = self.versions[1..].iter().map(|version| version.share).sum();
         if given > 1.0 + ROUNDING {
-            return Err(SplitError::ShareSum { percent: given * 100.0 });
+            // As it was written, without what a binary fraction makes of it.
+            return Err(SplitError::ShareSum { percent: (given * 1e5).round() / 1e3 });
         }
         self.versions[0].share = (1.0 - given).max(0.0);
         Ok(())

@@ -9,6 +9,8 @@ use crate::problem::Problem;
 
 /// Longest duration anyone can mean here; keeps sums of them far from overflow.
 const DURATION_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Units of durations, in milliseconds, the largest first.
+const UNITS: [(&str, u64); 5] = [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)];
 
 /// Parses `250ms`, `5s`, `10m`, `1h`, `1d`; zero is `0s`.
 ///
@@ -24,19 +26,19 @@ pub fn parse_duration(text: &str) -> Result<Duration, Problem> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(problem)?;
     let (number, unit) = text.split_at(digits);
     let number: u64 = number.parse().map_err(|_| problem())?;
-    let millis: u64 = match unit {
-        "ms" => 1,
-        "s" => 1000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        "d" => 86_400_000,
-        _ => return Err(problem()),
-    };
+    let (_, millis) = UNITS.into_iter().find(|(name, _)| *name == unit).ok_or_else(problem)?;
     let duration = Duration::from_millis(number.saturating_mul(millis));
     if duration > DURATION_MAX {
         return Err(Problem::new(format!("{text:?} is longer than a year"), "write at most \"365d\""));
     }
     Ok(duration)
+}
+
+/// A duration as [`parse_duration`] takes it, in the largest unit that it is a whole number of: `90s`, `1d`, `0s`.
+pub fn duration_text(duration: Duration) -> String {
+    let millis = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let whole = UNITS.into_iter().find(|(_, of)| millis != 0 && millis.is_multiple_of(*of));
+    whole.map_or_else(|| "0s".to_owned(), |(name, of)| format!("{}{name}", millis / of))
 }
 
 /// Parses a bandwidth in bits a second: `1000000`, `100M`, `1G`, `2.5G` (decimal, as network speeds are).
@@ -138,6 +140,8 @@ mod tests {
             ("365d", 31_536_000_000),
         ] {
             assert_eq!(parse_duration(text).map(|d| d.as_millis()), Ok(millis), "{text}");
+            let duration = Duration::from_millis(u64::try_from(millis).expect("a few"));
+            assert_eq!(duration_text(duration), text);
         }
         for text in [
             "",

@@ -94,7 +94,13 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) async fn start() -> Self {
-        let (config, publisher) = config();
+        Self::start_with(|_| ()).await
+    }
+
+    /// With another configuration than [`config`]'s.
+    pub(crate) async fn start_with(change: impl FnOnce(&mut ControlConfig)) -> Self {
+        let (mut config, publisher) = config();
+        change(&mut config);
         let bound = Control::bind(config).await.unwrap();
         let (control, http) = (bound.control_address(), bound.http_address());
         let (phase, watched) = watch::channel(Phase::Ready);

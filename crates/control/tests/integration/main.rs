@@ -1,6 +1,7 @@
 //! Control over real connections on loopback. One binary: linking tonic once is enough.
 #![forbid(unsafe_code)]
 
+mod allocation;
 mod harness;
 mod operation;
 mod registration;

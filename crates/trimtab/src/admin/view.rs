@@ -78,7 +78,7 @@ pub struct ResourceView {
     pub lease_left_seconds: Option<f64>,
     /// Its reports that were refused.
     pub reports_refused_total: u64,
-    /// What it is and can do.
+    /// What it is and can do, as it said last and with what operators entered.
     pub labels: BTreeMap<String, String>,
     /// The version of what it serves.
     pub version: String,

@@ -11,7 +11,7 @@ use toml::Spanned;
 use super::reader::{Section, decimal, integer, text, texts};
 use super::{ListenerConfig, or, parse_policy, pool_name};
 use crate::problem::Problem;
-use crate::units::parse_duration;
+use crate::units::{duration_text, parse_duration};
 
 /// A longer time in one of the knobs is a slip of the keyboard.
 const KNOB_MAX: Duration = Duration::from_secs(24 * 3600);
@@ -161,7 +161,8 @@ fn read_split(mut section: Section<'_, '_>) -> Option<SplitConfig> {
         return None;
     }
     let as_problem = |error: registry::SplitError| {
-        Problem::new(error.to_string(), "write versions = [\"1.9\", \"2.0=10%\"], the baseline first")
+        let message = format!("`pool.split.versions`: {error}");
+        Problem::new(message, "write versions = [\"1.9\", \"2.0=10%\"], the baseline first")
     };
     let versions = section.required("versions", "[\"1.9\", \"2.0=10%\"]", texts(|text| Ok(text.to_owned())));
     let by = section.value("by", text(split_by));
@@ -177,16 +178,11 @@ fn read_split(mut section: Section<'_, '_>) -> Option<SplitConfig> {
         ) as f32,
         flows_min: or(section.value("abort_flows_min", integer(1..=1_000_000)), default.flows_min),
     };
-    let versions = versions?;
-    let (at, versions) = (versions.span().start, versions.into_inner());
-    let split = SplitConfig::parse(&versions, or(by, SplitBy::default()), abort);
-    let split = match split {
-        Ok(split) => Some(split),
-        Err(error) => {
-            section.reader().report(at, as_problem(error));
-            None
-        }
-    };
+    let split = versions.and_then(|versions| {
+        let (at, versions) = (versions.span().start, versions.into_inner());
+        let split = SplitConfig::parse(&versions, or(by, SplitBy::default()), abort);
+        split.map_err(|error| section.reader().report(at, as_problem(error))).ok()
+    });
     section.finish(&[]);
     split
 }
@@ -225,7 +221,8 @@ fn within(range: RangeInclusive<Duration>) -> impl FnOnce(&str) -> Result<Durati
         if range.contains(&duration) {
             return Ok(duration);
         }
-        let hint = format!("write {:?} to {:?}", range.start(), range.end());
+        let hint =
+            format!("write \"{}\" to \"{}\"", duration_text(*range.start()), duration_text(*range.end()));
         Err(Problem::new(format!("{text:?} is out of range"), hint))
     }
 }

@@ -236,7 +236,10 @@ pub(super) fn text<T, E: Into<Problem>>(
     move |value| match value {
         DeValue::String(text) => parse(text).map_err(Into::into),
         DeValue::Integer(number) => {
-            Err(Problem::new("this is an integer, not a text", format!("write it in quotes: \"{number}\"")))
+            // Quotes alone may not do: a duration needs its unit, too.
+            let quoted: Option<Problem> = parse(number.as_str()).err().map(Into::into);
+            let hint = quoted.map_or_else(|| format!("write it in quotes: \"{number}\""), |wrong| wrong.hint);
+            Err(Problem::new("this is an integer, not a text", hint))
         }
         other => Err(Problem::new(
             format!("this is {}, not a text", with_article(other)),
@@ -280,13 +283,16 @@ pub(super) fn integer<T: TryFrom<u64>>(
 pub(super) fn decimal(range: RangeInclusive<f64>) -> impl FnOnce(&DeValue<'_>) -> Result<f64, Problem> {
     move |value| {
         let hint = || format!("write a number from {} to {}, without quotes", range.start(), range.end());
-        let text = match value {
-            DeValue::Integer(number) => number.as_str(),
-            DeValue::Float(number) => number.as_str(),
+        let (shown, parsed) = match value {
+            DeValue::Integer(number) => {
+                let whole = i64::from_str_radix(number.as_str(), number.radix());
+                (number.to_string(), whole.ok().map(|whole| whole as f64))
+            }
+            DeValue::Float(number) => (number.to_string(), number.as_str().parse::<f64>().ok()),
             _ => return Err(Problem::new(format!("this is {}, not a number", with_article(value)), hint())),
         };
-        let parsed = text.parse::<f64>().ok().filter(|number| range.contains(number));
-        parsed.ok_or_else(|| Problem::new(format!("{text} is out of range"), hint()))
+        let in_range = parsed.filter(|number| range.contains(number));
+        in_range.ok_or_else(|| Problem::new(format!("{shown} is out of range"), hint()))
     }
 }
 

@@ -124,6 +124,276 @@ fn every_value_can_be_changed() {
 }
 
 #[test]
+fn every_value_of_a_pool_can_be_changed() {
+    let file = r#"
+        [decisions]
+        log = "/var/log/trimtab.jsonl"
+        sample = 1
+        [[pool]]
+        name = "sql"
+        policy = "criteria"
+        flows_max_per_resource = 7
+        requires = ["tls", "zone!=b"]
+        criteria = ["least(bandwidth_cost, spill 80%)", "most(operations, 1h, total, tolerance 20%)"]
+        slow_start = "1m"
+        slow_start_aggression = 2
+        blackout_period = "0s"
+        weight_expiration = "1h"
+        error_utilization_penalty = 0.5
+        bounded_load = 0
+        forecast = "2h"
+        [pool.probes]
+        pool_size = 32
+        age_max = "250ms"
+        per_flow = 2
+        remove_per_flow = 0.5
+        delta = 1.5
+        quantile = 0.9
+        [pool.split]
+        versions = ["1.9", "2.0=12.5%", "3=5%"]
+        by = "client"
+        abort_after = "1m"
+        abort_errors = 0.02
+        abort_latency = 0.25
+        abort_utilization = 1
+        abort_flows_min = 500
+        [[listener]]
+        bind = "tcp://0.0.0.0:0"
+        pool = "sql"
+        requires = ["version>=16.2", "role=writer"]
+        [[listener]]
+        bind = "tcp://0.0.0.0:0"
+        pool = "sql"
+    "#;
+    let config = Config::parse(file.as_bytes()).expect("a good file");
+    let log = Some(control::DecisionLog::File("/var/log/trimtab.jsonl".into()));
+    assert_eq!(config.decisions, DecisionsConfig { log, sample: 1.0 });
+    let requires = |texts: &[&str]| Requirements::from_texts(texts).unwrap();
+    let writer = requires(&["role=writer", "version>=16.2"]);
+    let abort = registry::AbortConfig {
+        after: Duration::from_secs(60),
+        errors: 0.02,
+        latency: 0.25,
+        utilization: 1.0,
+        flows_min: 500,
+    };
+    let versions = ["1.9", "2.0=12.5%", "3=5%"];
+    let split = registry::SplitConfig::parse(&versions, registry::SplitBy::Client, abort).unwrap();
+    let criteria = ["least(bandwidth_cost, spill 80%)", "most(operations, 1h, total, tolerance 20%)"];
+    let expected = PoolConfig {
+        name: "sql".parse().unwrap(),
+        policy: Policy::Criteria,
+        flows_max_default: 7,
+        knobs: registry::Knobs {
+            slow_start: Duration::from_secs(60),
+            slow_start_aggression: 2.0,
+            blackout: Duration::ZERO,
+            weight_expiration: Duration::from_secs(3600),
+            error_penalty: 0.5,
+            bounded_load: 0.0,
+            probes: allocation::ProbeKnobs {
+                pool_size: 32,
+                age_max: Duration::from_millis(250),
+                per_flow: 2.0,
+                remove_per_flow: 0.5,
+                delta: 1.5,
+                quantile: 0.9,
+            },
+        },
+        requires: requires(&["tls", "zone!=b"]),
+        tables: vec![writer.clone()],
+        criteria: criteria.iter().map(|text| text.parse().unwrap()).collect(),
+        split: Some(split),
+        forecast: Some(Duration::from_secs(7200)),
+    };
+    assert_eq!(config.pools, [expected]);
+    let required: Vec<_> = config.listeners.iter().map(|listener| &listener.requires).collect();
+    assert_eq!(required, [&writer, &Requirements::default()]);
+    for (text, log) in [("", None), ("-", Some(control::DecisionLog::Stdout))] {
+        let config = Config::parse(with_a_listener(&format!("[decisions]\nlog = \"{text}\"")).as_bytes());
+        assert_eq!(config.expect("a good file").decisions.log, log);
+    }
+}
+
+#[test]
+fn listeners_share_a_table_where_they_require_the_same() {
+    let listener =
+        |requires: &str| format!("[[listener]]\nbind = \"tcp://0.0.0.0:0\"\npool = \"sql\"\n{requires}\n");
+    let same = ["requires = [\"a\", \"b\"]", "requires = [\"b\", \"a\", \"b\"]", "requires = [\"a\"]", ""];
+    let file = with_a_listener("") + &same.map(listener).concat();
+    let config = Config::parse(file.as_bytes()).expect("a good file");
+    let tables: Vec<_> = config.pools[0].tables.iter().map(ToString::to_string).collect();
+    assert_eq!(tables, ["a, b", "a"]);
+
+    let many: String = (0..64).map(|n| listener(&format!("requires = [\"k{n}\"]"))).collect();
+    let got = errors(&(with_a_listener("") + &many));
+    assert!(got.ends_with("the listeners of pool sql have 64 different `requires`\n  hint: a pool takes 63 beyond its own: use another pool\n"), "{got}");
+}
+
+/// Lines of a pool, from line 6 of a file on, and what is said of them.
+#[rustfmt::skip]
+const WRONG_POOLS: &[(&str, &str)] = &[
+    (r#"requires = ["role=writer", "tls yes"]"#,
+     r#"f:6:12: error: `pool.requires`: in the requirement "tls yes" the key is followed by no comparison; write for example tls=writer, with one of = != >= <= > <
+  hint: write KEY, KEY=VALUE, KEY!=VALUE or KEY>=NUMBER"#),
+    (r#"requires = ["role="]"#,
+     r#"f:6:12: error: `pool.requires`: the requirement "role=" has no value; write role if it only has to be there, or role=VALUE
+  hint: write KEY, KEY=VALUE, KEY!=VALUE or KEY>=NUMBER"#),
+    (r#"requires = "role=writer""#,
+     r#"f:6:12: error: `pool.requires`: this is a text, not a list
+  hint: write a list of texts: ["…", "…"]"#),
+    ("requires = [1]",
+     r#"f:6:12: error: `pool.requires`: this is an integer, not a text
+  hint: write it in quotes: "1""#),
+    (r#"polcy = "maglev""#,
+     "f:6:1: error: there is no key `pool.polcy`\n  hint: did you mean `policy`?"),
+    (r#"policy = "magleff""#,
+     r#"f:6:10: error: `pool.policy`: there is no policy "magleff"
+  hint: did you mean "maglev"?"#),
+    (r#"policy = "criteria""#,
+     r#"f:4:1: error: `pool.criteria` is missing
+  hint: add criteria = ["least(memory, 10m)"]"#),
+    (r#"policy = "criteria"
+criteria = []"#,
+     r#"f:7:12: error: `pool.criteria` has 0 entries
+  hint: write 1 to 8 criteria: criteria = ["least(memory, 10m)"]"#),
+    (r#"policy = "criteria"
+criteria = ["memory"]"#,
+     r#"f:7:12: error: `pool.criteria`: "memory" is no criterion: write least(METRIC) or most(METRIC), for example least(memory)
+  hint: write least(METRIC) or most(METRIC, 1h), with tolerance N% or spill N% where wanted"#),
+    (r#"policy = "criteria"
+criteria = ["least(memory, 40d)"]"#,
+     r#"f:7:12: error: `pool.criteria`: the window "40d" is out of range: write 1ms to 30d, for example least(memory, 10m)
+  hint: write least(METRIC) or most(METRIC, 1h), with tolerance N% or spill N% where wanted"#),
+    (r#"policy = "criteria"
+criteria = ["most(operations, total)"]"#,
+     "f:7:12: error: `pool.criteria`: total needs a window: write for example most(operations, 10m, total)\n  hint: write least(METRIC) or most(METRIC, 1h), with tolerance N% or spill N% where wanted"),
+    (r#"policy = "criteria"
+criteria = ["least(a)", "least(b)", "least(c)", "least(d)", "least(e)", "least(f)", "least(g)", "least(h)", "least(i)"]"#,
+     r#"f:7:12: error: `pool.criteria` has 9 entries
+  hint: write 1 to 8 criteria: criteria = ["least(memory, 10m)"]"#),
+    (r#"policy = "maglev"
+criteria = ["least(memory)"]"#,
+     r#"f:7:12: error: `pool.criteria` does nothing under the policy "maglev"
+  hint: write policy = "criteria", or remove it"#),
+    ("bounded_load = 0.5",
+     "f:6:16: error: `pool.bounded_load`: 0.5 is less than a fair part\n  hint: write 1.25 (a quarter more than the fair part), or 0 for no bound"),
+    (r#"bounded_load = "1.25""#,
+     "f:6:16: error: `pool.bounded_load`: this is a text, not a number\n  hint: write a number from 0 to 100, without quotes"),
+    ("bounded_load = nan",
+     "f:6:16: error: `pool.bounded_load`: nan is out of range\n  hint: write a number from 0 to 100, without quotes"),
+    ("bounded_load = 0x100",
+     "f:6:16: error: `pool.bounded_load`: 0x100 is out of range\n  hint: write a number from 0 to 100, without quotes"),
+    ("slow_start = 10",
+     r#"f:6:14: error: `pool.slow_start`: this is an integer, not a text
+  hint: write a whole number with its unit: "250ms", "5s", "10m", "1h" or "1d""#),
+    (r#"slow_start = "2d""#,
+     r#"f:6:14: error: `pool.slow_start`: "2d" is out of range
+  hint: write "0s" to "1d""#),
+    ("slow_start_aggression = 0",
+     "f:6:25: error: `pool.slow_start_aggression`: 0 is out of range\n  hint: write a number from 0.1 to 10, without quotes"),
+    ("error_utilization_penalty = -1",
+     "f:6:29: error: `pool.error_utilization_penalty`: -1 is out of range\n  hint: write a number from 0 to 100, without quotes"),
+    (r#"forecast = "7h""#,
+     r#"f:6:12: error: `pool.forecast`: "7h" is out of range
+  hint: write "0s" to "6h""#),
+    (r#"[pool.probes]
+pool_size = 1
+quantile = 1.5
+age_max = "0s"
+qantile = 1"#,
+     r#"f:7:13: error: `pool.probes.pool_size`: 1 is out of range
+  hint: write a whole number from 2 to 256, without quotes
+f:8:12: error: `pool.probes.quantile`: 1.5 is out of range
+  hint: write a number from 0 to 1, without quotes
+f:9:11: error: `pool.probes.age_max`: "0s" is out of range
+  hint: write "1ms" to "1m"
+f:10:1: error: there is no key `pool.probes.qantile`
+  hint: did you mean `quantile`?"#),
+    ("probes = 3",
+     "f:6:10: error: `pool.probes` is an integer, not a table\n  hint: write [pool.probes] on a line of its own, and its keys below it"),
+    (r#"[pool.split]
+versions = ["1", "2=70%", "3=50%"]"#,
+     r#"f:7:12: error: `pool.split.versions`: the shares of all but the baseline are 120% together; write at most 100%
+  hint: write versions = ["1.9", "2.0=10%"], the baseline first"#),
+    (r#"[pool.split]
+versions = ["1"]"#,
+     r#"f:7:12: error: `pool.split.versions`: a split has 1 versions; write the baseline and one to 7 others, for example 1.9, 2.0=10%
+  hint: write versions = ["1.9", "2.0=10%"], the baseline first"#),
+    (r#"[pool.split]
+versions = ["1=50%", "2=50%"]"#,
+     r#"f:7:12: error: `pool.split.versions`: 1 stands first, so it is the baseline and gets what the others leave: write 1 alone
+  hint: write versions = ["1.9", "2.0=10%"], the baseline first"#),
+    (r#"[pool.split]
+versions = ["1", "2"]"#,
+     r#"f:7:12: error: `pool.split.versions`: the share of 2 is "": write a percentage from 0% to 100%, for example 2=10%
+  hint: write versions = ["1.9", "2.0=10%"], the baseline first"#),
+    (r#"[pool.split]
+versions = ["1", "2=0.2"]"#,
+     r#"f:7:12: error: `pool.split.versions`: the share of 2 is "0.2": write a percentage from 0% to 100%, for example 2=10%
+  hint: write versions = ["1.9", "2.0=10%"], the baseline first"#),
+    (r#"[pool.split]
+versions = ["1", "1=20%"]"#,
+     r#"f:7:12: error: `pool.split.versions`: the version 1 is there twice; write it once
+  hint: write versions = ["1.9", "2.0=10%"], the baseline first"#),
+    (r#"[pool.split]
+by = "share"
+abort_afte = "1s""#,
+     r#"f:6:1: error: `pool.split.versions` is missing
+  hint: add versions = ["1.9", "2.0=10%"]
+f:8:1: error: there is no key `pool.split.abort_afte`
+  hint: did you mean `abort_after`?"#),
+    (r#"[pool.split]
+versions = ["1", "2=20%"]
+by = "source""#,
+     r#"f:8:6: error: `pool.split.by`: "source" divides nothing
+  hint: write "share" or "client""#),
+    (r#"[pool.split]
+versions = ["1", "2=20%"]
+abort_after = "5"
+abort_flows_min = 0
+abort_errors = 2"#,
+     r#"f:8:15: error: `pool.split.abort_after`: "5" is not a duration
+  hint: write a whole number with its unit: "250ms", "5s", "10m", "1h" or "1d"
+f:9:19: error: `pool.split.abort_flows_min`: 0 is out of range
+  hint: write a whole number from 1 to 1000000, without quotes
+f:10:16: error: `pool.split.abort_errors`: 2 is out of range
+  hint: write a number from 0 to 1, without quotes"#),
+];
+
+/// The same of the beginning of a file.
+#[rustfmt::skip]
+const WRONG_DECISIONS: &[(&str, &str)] = &[
+    ("[decisions]\nsample = 1.5",
+     "f:2:10: error: `decisions.sample`: 1.5 is out of range\n  hint: write a number from 0 to 1, without quotes"),
+    ("[decisions]\nlog = 1",
+     r#"f:2:7: error: `decisions.log`: this is an integer, not a text
+  hint: write it in quotes: "1""#),
+    (r#"[decisions]
+sample = "1%""#,
+     "f:2:10: error: `decisions.sample`: this is a text, not a number\n  hint: write a number from 0 to 1, without quotes"),
+];
+
+#[test]
+fn errors_of_pools_and_decisions() {
+    let listener = "[[listener]]\nbind = \"tcp://127.0.0.1:5432\"\npool = \"sql\"";
+    for (lines, expected) in WRONG_POOLS {
+        let file = format!("{listener}\n[[pool]]\nname = \"sql\"\n{lines}\n");
+        assert_eq!(errors(&file), format!("{expected}\n"), "for {lines}");
+    }
+    for (lines, expected) in WRONG_DECISIONS {
+        assert_eq!(errors(&with_a_listener(lines)), format!("{expected}\n"), "for {lines}");
+    }
+}
+
+#[test]
+fn numbers_with_a_base_are_what_they_say() {
+    let config =
+        Config::parse((with_a_listener("") + "[[pool]]\nname = \"b\"\nbounded_load = 0x10\n").as_bytes());
+    assert_eq!(config.expect("a good file").pools[1].knobs.bounded_load, 16.0);
+}
+
+#[test]
 fn every_error_is_found_at_once_in_order() {
     let file = r#"[control]
 listn = "127.0.0.1:7400"
@@ -159,7 +429,7 @@ f:3:10: error: `control.listen`: 0.0.0.0:7400 is open to other hosts, in clear t
 f:4:10: error: `control.tls` is not supported by this version
   hint: remove it; it comes in a later release
 f:7:10: error: `http.listen`: this is an integer, not a text
-  hint: write it in quotes: "7480"
+  hint: write an IP address and a port: "127.0.0.1:5432" or "[::1]:5432"
 f:9:11: error: `dataplane.workers`: -1 is out of range
   hint: write a whole number from 0 to 1024, without quotes
 f:10:10: error: `dataplane.engine`: the engine "epoll" is not supported by this version
@@ -240,7 +510,7 @@ fn single_errors() {
         ),
         (
             "[http]\nlisten = 1\nlisten = \"127.0.0.1:1\"",
-            "f:2:10: error: `http.listen`: this is an integer, not a text\n  hint: write it in quotes: \"1\"\nf:3:1: error: duplicate key\n  hint: remove one of the two; each entry of a list needs its own [[…]] line\n",
+            "f:2:10: error: `http.listen`: this is an integer, not a text\n  hint: write an IP address and a port: \"127.0.0.1:5432\" or \"[::1]:5432\"\nf:3:1: error: duplicate key\n  hint: remove one of the two; each entry of a list needs its own [[…]] line\n",
         ),
     ] {
         assert_eq!(errors(&with_a_listener(head)), expected, "for {head:?}");
@@ -271,7 +541,7 @@ fn columns_count_characters() {
     );
     assert_eq!(
         errors(&with_a_listener("http = { \"ü\" = 1, listen = 2 }")),
-        "f:1:10: error: there is no key `http.ü`\n  hint: there are insecure, listen\nf:1:28: error: `http.listen`: this is an integer, not a text\n  hint: write it in quotes: \"2\"\n"
+        "f:1:10: error: there is no key `http.ü`\n  hint: there are insecure, listen\nf:1:28: error: `http.listen`: this is an integer, not a text\n  hint: write an IP address and a port: \"127.0.0.1:5432\" or \"[::1]:5432\"\n"
     );
 }
 
