@@ -1,5 +1,5 @@
 //! The speed harness: trimtab beside HAProxy, nginx and Envoy as one-worker TCP proxies on loopback, interleaved round
-//! by round, and micro-benchmarks of what trimtab does for each new flow.
+//! by round, micro-benchmarks of what trimtab does for each new flow, and a simulator of allocation policies ([`sim`]).
 //!
 //! ```text
 //! rounds: case x proxy, in turn -> measure: start the proxy on its processor -> load: clients + backends on theirs
@@ -15,7 +15,10 @@ pub mod load;
 pub mod measure;
 pub mod peer;
 pub mod process;
+pub mod race;
 pub mod report;
+pub mod reports;
 pub mod rounds;
+mod scrape;
 pub mod select;
 pub mod sim;

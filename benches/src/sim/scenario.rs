@@ -327,7 +327,7 @@ fn join() -> Scenario {
     };
     let cases =
         [1, 4].map(|balancers| (format!("{balancers} balancer(s)"), Setup { balancers, ..setup.clone() }));
-    // Of four samples among 21, one is the newcomer in 4/21; its slow start begins with a tenth.
+    // One of four samples among 21 is the newcomer; its slow start begins with a tenth of its weight.
     let (first, most) = (Metric::LastShare(20, 21), Metric::LastShareMost(20, 80));
     let held = Metric::HeldEvenness(80);
     Scenario {
@@ -339,7 +339,7 @@ fn join() -> Scenario {
         contenders: vec![ADAPTIVE, Contender::Trimtab(Policy::LeastConnections), Contender::LeastConn, Contender::P2c],
         metrics: vec![first, most, held],
         bounds: vec![
-            at_most(ADAPTIVE, first, 4.0 / 21.0 * 0.1),
+            at_most(ADAPTIVE, first, 4.0 * 0.1 / 20.1),
             at_most(ADAPTIVE, most, 4.0 / 21.0),
             at_most(ADAPTIVE, held, 1.10),
         ],

@@ -1,10 +1,17 @@
 //! One table, one flow, one backend.
 //!
-//! `adaptive` and `least-connections` fill like water: the least cost `(flows open x balancers + 1) / weight` is where the
-//! surface would be after this flow, and every backend whose level `flows open x balancers / weight` is below it may take the
-//! flow, in proportion to its weight. Under load that is the backend of least cost, or one within a flow of it. With little to
-//! do it is everybody, so that shares follow weights from the first flow on, whatever long flows are held meanwhile. (Plain
-//! least cost gives all of them to the heaviest; HAProxy's `leastconn` gives idle servers equal shares whatever their weights.)
+//! `adaptive` and `least-connections` take the backend of least cost `(flows open x balancers + 1) / weight`: the one that is soonest
+//! through with its flows and this one. Three things are added to that.
+//!
+//! * Those whose cost is about the same (within a tenth, and within a flow) share the flows by weight, so that weights a
+//!   hundredth apart do not decide.
+//! * In a pool with next to nothing to do, least cost would give everything to the heaviest, and no share would follow any
+//!   weight. There it fills like water: every backend whose level `flows open x balancers / weight` is below the surface (the least
+//!   cost) may take the flow, in proportion to its weight. (HAProxy's `leastconn` gives idle servers equal shares whatever
+//!   their weights.)
+//! * A backend far below all others (it has just joined those that hold long flows) would get every new flow until it is
+//!   level. All such together get as much as if three samples
+//!   were looked at.
 //!
 //! Whatever the policy, a backend that is full or paused is passed over, and so is one that is ejected (time-outs, resets),
 //! unless more than half of those looked at are: then it is not they who are at fault, and ejections are ignored for this flow.
@@ -21,6 +28,14 @@ use crate::{AllocationTable, BackendIndex, FlowKey, OpenFlow, Policy, SplitBy, T
 pub(crate) const SCAN_MAX: usize = CONSIDERED_MAX;
 /// Samples of `adaptive` in a large pool: more gain little and herd more (`d/n` of all arrivals go to the least busy).
 const SAMPLES: usize = 4;
+/// Costs within this factor of the least are about the same.
+const ABOUT: f32 = 1.1;
+/// Flows that a backend would have by its weight, from which on having fewer may be a rush.
+const RUSH_FLOWS: f32 = 50.0;
+/// All that rush together get as much as if so many samples were looked at: three times their part of the weights, about.
+const RUSH_SAMPLES: i32 = 3;
+/// Part of these flows up to which it is one.
+const RUSH_BELOW: f32 = 0.98;
 /// Samples of `criteria` in a large pool: several criteria need more of a choice.
 const CRITERIA_SAMPLES: usize = 16;
 /// Choices of a key that are looked at before affinity is given up for this flow.
@@ -271,9 +286,9 @@ impl Selector {
     fn choose(&mut self, view: &mut View<'_>, key: FlowKey) -> Option<(BackendIndex, Verdict)> {
         match view.table.policy() {
             Policy::Adaptive if !view.table.alias().is_empty() => {
-                self.below_surface_of_samples(view).or_else(|| self.below_surface_of_all(view))
+                self.least_cost_of_samples(view).or_else(|| self.least_cost_of_all(view))
             }
-            Policy::Adaptive | Policy::LeastConnections => self.below_surface_of_all(view),
+            Policy::Adaptive | Policy::LeastConnections => self.least_cost_of_all(view),
             Policy::P2c => self.better_of_two(view, flows_by_weight),
             Policy::PeakEwma => self.better_of_two(view, latency_by_flows),
             Policy::WeightedRoundRobin | Policy::Utilization => self.next_in_weighted_turn(view),
@@ -337,26 +352,30 @@ impl Selector {
         }
     }
 
-    /// One of a few, by the same rule as [`Self::below_surface_of_all`].
-    fn below_surface_of_samples(&mut self, view: &mut View<'_>) -> Option<(BackendIndex, Verdict)> {
+    /// One of a few, by the same rule as [`Self::least_cost_of_all`], where it cannot come to a rush.
+    fn least_cost_of_samples(&mut self, view: &mut View<'_>) -> Option<(BackendIndex, Verdict)> {
         // All draws before the first look: looks are cache misses, and they overlap where none waits for another. For
         // the same reason nothing here branches on what a look finds.
         let alias = view.table.alias();
         let samples: [BackendIndex; SAMPLES] =
             std::array::from_fn(|_| BackendIndex(alias.draw(self.random.next())));
         self.sampled = Sampled::of(&samples);
-        let balancers = view.table.balancers();
-        let mut surface = f32::INFINITY;
+        let mut least = f32::INFINITY;
+        let mut flows = 0;
         let mut probes = 0_u32;
         let mut levels = [f32::INFINITY; SAMPLES];
+        let mut costs = [f32::INFINITY; SAMPLES];
         for (place, index) in samples.into_iter().enumerate() {
             let Some((verdict, open)) = view.usable(index) else { continue };
             probes |= u32::from(verdict == Verdict::Probe) << place;
-            let step = view.table.step(index);
-            levels[place] = open as f32 * balancers * step;
-            surface = surface.min(levels[place] + step);
+            let (level, step) = view.table.level(index, open);
+            flows += open;
+            (levels[place], costs[place]) = (level, level + step);
+            least = least.min(level + step);
         }
-        let below = |place: usize| u32::from(levels[place] < surface) << place;
+        let about = if view.table.is_idle(flows, SAMPLES) { f32::INFINITY } else { least * ABOUT };
+        // The infinite levels of those that are not usable are below nothing.
+        let below = |place: usize| u32::from((levels[place] < least) & (costs[place] < about)) << place;
         let below = (0..SAMPLES).fold(0, |all, place| all | below(place));
         if below == 0 {
             return None;
@@ -367,25 +386,31 @@ impl Selector {
         Some((samples[place], verdict))
     }
 
-    fn below_surface_of_all(&mut self, view: &mut View<'_>) -> Option<(BackendIndex, Verdict)> {
+    fn least_cost_of_all(&mut self, view: &mut View<'_>) -> Option<(BackendIndex, Verdict)> {
         let eligible = view.table.eligible();
         self.sampled.count = 0;
-        let balancers = view.table.balancers();
-        let mut surface = f32::INFINITY;
+        let mut pool = Seen::default();
         for &index in eligible {
-            if let Some((_, open)) = view.usable(index) {
-                let step = view.table.step(index);
-                surface = surface.min(open as f32 * balancers * step + step);
+            if let Some((verdict, open)) = view.usable(index) {
+                pool.see(view.table, index, verdict, open);
             }
         }
+        let best = pool.best?;
+        if pool.is_rush(view.weight(best.0)) {
+            let others = pool.without_rush(view);
+            // So often are all samples among the others.
+            if self.random.unit() < (others.weights / pool.weights).powi(RUSH_SAMPLES) {
+                return others.best.or(pool.best);
+            }
+        }
+        let idle = view.table.is_idle(pool.flows, eligible.len());
+        let about = if idle { f32::INFINITY } else { pool.least * ABOUT };
         let mut chosen = None;
-        let mut stand_in = None;
         let mut weights = 0.0_f32;
         for &index in eligible {
             let Some((verdict, open)) = view.usable(index) else { continue };
-            // Other workers may have opened flows since the first pass, so that nobody is below any more.
-            stand_in = stand_in.or(Some((index, verdict)));
-            if open as f32 * balancers * view.table.step(index) < surface {
+            let (level, step) = view.table.level(index, open);
+            if level < pool.least && level + step < about {
                 let weight = view.weight(index);
                 // Weighted reservoir of one (Chao, 1982).
                 weights += weight;
@@ -394,7 +419,8 @@ impl Selector {
                 }
             }
         }
-        chosen.or(stand_in)
+        // Other workers may have opened flows since the first pass, so that nobody is below any more.
+        chosen.or(pool.best)
     }
 
     /// The one of less cost of two samples in proportion to weight; `cost` is given the backend and its flows open.
@@ -421,7 +447,7 @@ impl Selector {
             (Some(a), Some(b)) => Some(if b.0 < a.0 { b } else { a }),
             (a, b) => a.or(b),
         };
-        better.map(|(_, index, verdict)| (index, verdict)).or_else(|| self.below_surface_of_all(view))
+        better.map(|(_, index, verdict)| (index, verdict)).or_else(|| self.least_cost_of_all(view))
     }
 
     fn next_in_weighted_turn(&mut self, view: &mut View<'_>) -> Option<(BackendIndex, Verdict)> {
@@ -433,7 +459,7 @@ impl Selector {
                 return Some((index, verdict));
             }
         }
-        self.below_surface_of_all(view)
+        self.least_cost_of_all(view)
     }
 
     /// In the order of the table, which is that of their ids.
@@ -471,7 +497,7 @@ impl Selector {
             return Some((index, verdict));
         }
         self.sampled = sampled;
-        stand_in.or_else(|| self.below_surface_of_all(view))
+        stand_in.or_else(|| self.least_cost_of_all(view))
     }
 
     /// Flows open for each unit of weight, with this one: of the whole pool where it is small, else as a few show it.
@@ -544,7 +570,7 @@ impl Selector {
         // The next after the last chosen, in the order of indexes.
         let after = |(index, _): &&(BackendIndex, u32)| index.0 >= self.turn;
         let next = left.as_slice().iter().find(after).or_else(|| left.as_slice().first());
-        let Some(&(index, _)) = next else { return self.below_surface_of_all(view) };
+        let Some(&(index, _)) = next else { return self.least_cost_of_all(view) };
         self.turn = index.0 + 1;
         view.usable(index).map(|(verdict, _)| (index, verdict))
     }
@@ -583,6 +609,61 @@ impl Selector {
             }
         }
         chosen
+    }
+}
+
+/// What a pass over the usable backends found.
+#[derive(Debug)]
+struct Seen {
+    /// Of all costs.
+    least: f32,
+    /// Whose it is.
+    best: Option<(BackendIndex, Verdict)>,
+    /// Flows open on it.
+    best_open: u32,
+    /// Flows open on all.
+    flows: u32,
+    /// Sum of all weights.
+    weights: f32,
+}
+
+impl Default for Seen {
+    fn default() -> Self {
+        Self { least: f32::INFINITY, best: None, best_open: 0, flows: 0, weights: 0.0 }
+    }
+}
+
+impl Seen {
+    fn see(&mut self, table: &AllocationTable, index: BackendIndex, verdict: Verdict, open: u32) {
+        let (level, step) = table.level(index, open);
+        self.flows += open;
+        self.weights += table.weights()[index.0 as usize];
+        if level + step < self.least {
+            (self.least, self.best, self.best_open) = (level + step, Some((index, verdict)), open);
+        }
+    }
+
+    /// Whether one of this weight with so many flows is so far below the others that it would get every flow for a while.
+    fn is_far_below(&self, weight: f32, open: u32) -> bool {
+        let level = self.flows as f32 * weight / self.weights;
+        level >= RUSH_FLOWS && ((open + 1) as f32) < RUSH_BELOW * level
+    }
+
+    /// Whether the best is.
+    fn is_rush(&self, weight: f32) -> bool {
+        self.is_far_below(weight, self.best_open)
+    }
+
+    /// The same without those that are far below.
+    fn without_rush(&self, view: &mut View<'_>) -> Self {
+        let mut others = Self::default();
+        for &index in view.table.eligible() {
+            let Some((verdict, open)) = view.usable(index) else { continue };
+            if !self.is_far_below(view.weight(index), open) {
+                others.see(view.table, index, verdict, open);
+            }
+        }
+        others
     }
 }
 
@@ -760,6 +841,41 @@ mod tests {
             let _held: Vec<_> = (0..3).map(|n| table.backend(BackendIndex(n)).live.open_flow()).collect();
             assert_shares(&shares(&table, 20_000, false), &[0.333, 0.347, 0.32]);
         }
+    }
+
+    #[test]
+    fn least_cost_gets_the_flow_where_there_is_work() {
+        for policy in [Policy::Adaptive, Policy::LeastConnections] {
+            // Costs: 2 / 1, 2 / 4, 1 / 1: the second has one flow open and is the best all the same.
+            let table = table(policy, &[1.0, 4.0, 1.0]);
+            let _held: Vec<_> = [0, 1].map(|n| table.backend(BackendIndex(n)).live.open_flow()).into();
+            assert_shares(&shares(&table, 1_000, false), &[0.0, 1.0, 0.0]);
+        }
+    }
+
+    #[test]
+    fn costs_that_are_about_the_same_share() {
+        let table = table(Policy::Adaptive, &[1.0, 1.05, 2.0]);
+        // Costs: 3 / 1, 3 / 1.05, 7 / 2.
+        let held = [(0, 2), (1, 2), (2, 6)];
+        let _held: Vec<_> = held
+            .into_iter()
+            .flat_map(|(n, count)| vec![BackendIndex(n); count])
+            .map(|index| table.backend(index).live.open_flow())
+            .collect();
+        assert_shares(&shares(&table, 20_000, false), &[0.488, 0.512, 0.0]);
+    }
+
+    #[test]
+    fn a_newcomer_beside_long_flows_does_not_get_every_flow() {
+        let mut weights = vec![1.0; 10];
+        weights.push(0.1);
+        let table = table(Policy::Adaptive, &weights);
+        let hold = |n| (0..1_000).map(move |_| BackendIndex(n));
+        let _held: Vec<_> =
+            (0..10).flat_map(hold).map(|index| table.backend(index).live.open_flow()).collect();
+        let share = shares(&table, 20_000, false)[10];
+        assert!((0.02..0.04).contains(&share), "{share} instead of three times 0.1 / 10.1");
     }
 
     #[test]

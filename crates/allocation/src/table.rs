@@ -416,8 +416,20 @@ impl AllocationTable {
         &self.members.candidates[index.0 as usize]
     }
 
+    /// 1 / weight.
     pub(crate) fn step(&self, index: BackendIndex) -> f32 {
         self.steps[index.0 as usize]
+    }
+
+    /// Where the water stands at a backend with so many of our flows open, and by how much one more raises it.
+    pub(crate) fn level(&self, index: BackendIndex, open: u32) -> (f32, f32) {
+        let step = self.steps[index.0 as usize];
+        (open as f32 * self.balancers * step, step)
+    }
+
+    /// Whether so many of our flows open on `backends` of them are as good as none: together fewer than one for each four.
+    pub(crate) fn is_idle(&self, open: u32, backends: usize) -> bool {
+        open as f32 * self.balancers * 4.0 < backends as f32
     }
 
     /// What selection compares, with so many flows open on the backend: for policies that count flows, those it would have at

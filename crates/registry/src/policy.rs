@@ -19,8 +19,11 @@
 //! * `c` is high while utilization confirms the rate: less than the fair rate *and* busier than the mean, or more than
 //!   the fair rate and less busy. Then utilization is what evens out, and shares follow capacity. Where utilization
 //!   says the opposite, the rate is only what we gave: `c` is low and the weight goes back to the registered one within
-//!   two or three averaging times.
-//! * `c` is lower still where the rate is of few events: ten flows are no measurement.
+//!   two or three averaging times, and not above it.
+//! * From a utilization of 35 % on `c` is 1 whatever is confirmed (in between, from 15 % on): a resource that busy does
+//!   something, and what it does for that is what it can do. Least cost leaves a slow resource less busy than a fast one,
+//!   which is no reason to doubt that it is slow.
+//! * `c` is lower where the rate is of few events: ten flows are no measurement.
 //!
 //! Then: within 0.1 to 10 x the mean, at most x or / 1.5 a second, mean 1, slow start.
 
@@ -42,14 +45,25 @@ pub const SATURATED_ABOVE: f32 = 0.9;
 
 /// log2(1.5): the most a weight moves in a second, either way.
 const STEP_PER_SECOND: f32 = 0.584_962_5;
+/// How fast a weight grows that is beyond [`GROWTH_FREE_LOG2`]: by a factor of 2 in ten seconds.
+const GROWTH_PER_SECOND: f32 = 0.1;
+/// log2 of how many times its registered weight a resource may claim without that.
+const GROWTH_FREE_LOG2: f32 = 1.0;
 /// Time between two rebuilds that counts for a step: after a long quiet, a weight must not jump.
 const STEP_TIME_MAX: Duration = Duration::from_secs(2);
 /// Exponent of the rate where utilization contradicts it, and where it confirms it.
 const BELIEF: (f32, f32) = (0.25, 0.9);
+/// Utilization from which a rate begins to be believed whatever confirms it, and from which it is believed entirely.
+const SURE: (f32, f32) = (0.15, 0.35);
 /// How far from the pool's mean a utilization (as log2 of the ratio; 10 %) must be to confirm a rate fully.
 const CONFIRMED_AT: f32 = 0.1375;
-/// Events in the averaged time at which a rate is believed by half.
+/// Events in the averaged time at which a rate is believed by half; so many at a utilization that is believed little, and
+/// a quarter of it at one that is believed entirely.
 const EVENTS_HALF: f32 = 20.0;
+/// What a weight's distance from the registered one (as log2; 10 %) is short of: so much of it may be noise.
+const NOISE: f32 = 0.1375;
+/// Part of the fair rate (as log2: 0.7) at which being less busy is no reason for more than the registered weight.
+const NO_MORE_BELOW: f32 = 0.5;
 /// A rate of `r` a second is one of about `6 r` events: two averaging times.
 const EVENTS_PER_RATE: f32 = 6.0;
 /// log2 of [`WEIGHT_RATIO_MAX`].
@@ -62,7 +76,8 @@ const IDLE: (f32, f32) = (0.05, 0.20);
 const UTILIZATION_MIN: f64 = 0.01;
 const RATE_MIN: f64 = 1e-6;
 /// Flows opened a second, on average for each resource, from which that rate is used; below half of it, flows open is
-/// used again.
+/// used again. So it is where flows last longer than [`AVERAGED_OVER`] (twice that) on average: what keeps a resource busy
+/// then is what it was given long ago.
 const OPENED_RATE_MIN: f32 = 1.0;
 /// How fast `utilization` moves weights: the part of the difference in a second.
 const EVEN_OUT_PER_SECOND: f32 = 0.15;
@@ -272,12 +287,14 @@ pub(crate) fn survey(columns: &Columns, masks: &mut Masks, before: RateUnit, lea
     let opened = sum(&columns.flows_opened);
     let opened_min = if before == RateUnit::FlowsOpened { OPENED_RATE_MIN / 2.0 } else { OPENED_RATE_MIN };
     let operations = if counts.carry == counts.fresh { sum(&columns.operations) } else { 0.0 };
+    let open = sum(&columns.flows_open);
+    let lasting_max = AVERAGED_OVER.as_secs_f32() * if before == RateUnit::FlowsOpened { 2.0 } else { 1.0 };
     let (unit, rate) = if operations > 0.0 {
         (RateUnit::Operations, operations)
-    } else if opened >= opened_min * count {
+    } else if opened >= opened_min * count && open <= lasting_max * opened {
         (RateUnit::FlowsOpened, opened)
     } else {
-        (RateUnit::FlowsOpen, sum(&columns.flows_open))
+        (RateUnit::FlowsOpen, open)
     };
     let (utilization, registered) = (sum(&columns.utilization) / count, sum(&columns.registered));
     survey.unit = unit;
@@ -352,11 +369,6 @@ impl Survey {
         self.mean_utilization
     }
 
-    /// How many ask for more than their share may grow.
-    pub(crate) fn growth_held(&self) -> u32 {
-        0
-    }
-
     /// `h`: how far a utilization is believed.
     pub(crate) fn utilization_belief(&self, utilization: f32) -> f32 {
         within((utilization.max(self.mean_utilization) - IDLE.0) / (IDLE.1 - IDLE.0), 0.0, 1.0)
@@ -378,21 +390,31 @@ impl Survey {
             let more = (log_rate - log_registered - self.log_fair_rate) * rated;
             let busier =
                 self.utilization_belief(*utilization) * (log_utilization - self.log_mean_utilization);
-            *target = log_registered + fresh * offset(more, busier, *rate);
+            *target = log_registered + fresh * offset(more, busier, *rate, *utilization);
         }
     }
 }
 
 /// How far (as log2) a weight should be from the registered one, of a resource that gets `more` than its fair rate and
 /// is `busier` than the mean (both as log2, both may be negative).
-fn offset(more: f32, busier: f32, rate: f32) -> f32 {
+fn offset(more: f32, busier: f32, rate: f32, utilization: f32) -> f32 {
     let more = within(more, -RATE_RATIO_MAX_LOG2, RATE_RATIO_MAX_LOG2);
     // 1: utilization contradicts the rate (gets less, and is not busier); 0: it confirms it.
     let against = if more > 0.0 { busier } else { -busier };
     let contradiction = within(1.0 + against * (1.0 / CONFIRMED_AT), 0.0, 1.0);
+    let sure = within((utilization - SURE.0) * (1.0 / (SURE.1 - SURE.0)), 0.0, 1.0);
+    let believed = BELIEF.1 - (BELIEF.1 - BELIEF.0) * contradiction;
+    let believed = believed + (1.0 - believed) * sure;
     let events = EVENTS_PER_RATE * rate;
-    let belief = (BELIEF.1 - (BELIEF.1 - BELIEF.0) * contradiction) * events / (events + EVENTS_HALF);
-    within(belief * more - busier, -WEIGHT_RANGE_LOG2, WEIGHT_RANGE_LOG2)
+    let belief = believed * events / (events + EVENTS_HALF * (1.0 - 0.75 * sure));
+    // Who gets less than its fair rate and is less busy for it has shown no more than that: what others do there is the
+    // same with few flows. (A newcomer beside those that hold long flows is the case in point.)
+    let gets_enough = within(1.0 + more * (1.0 / NO_MORE_BELOW), 0.0, 1.0);
+    let most = within(-busier * gets_enough, 0.0, WEIGHT_RANGE_LOG2);
+    let most = if more < 0.0 { most } else { WEIGHT_RANGE_LOG2 };
+    let offset = within(belief * more - busier, -WEIGHT_RANGE_LOG2, most);
+    // Equal resources never look quite equal, and least cost makes much of little.
+    offset - within(offset, -NOISE, NOISE)
 }
 
 /// Memory of an allocation, kept for the next: a fresh half of a megabyte each time would cost more in page faults than
@@ -433,6 +455,8 @@ pub(crate) struct Weighed {
     pub(crate) balancers: f32,
     /// Weights will go on moving without another report.
     pub(crate) moving: bool,
+    /// How many want more than their weight may grow.
+    pub(crate) held: u32,
 }
 
 /// Weighs the resources.
@@ -442,12 +466,14 @@ pub(crate) fn weigh(view: View<'_>, leases: Leases) -> Weighed {
     let survey = survey(columns, masks, view.unit, leases);
     let eligible = &masks.eligible;
     let elapsed = now.since(view.before).min(STEP_TIME_MAX);
-    let (mut moving, mut level) = (false, view.level);
+    let (mut moving, mut level, mut held) = (false, view.level, 0);
     let mut weights: Vec<f32> = match policy {
         Policy::Adaptive | Policy::Maglev | Policy::Prequal => {
             if survey.guard.is_none() {
                 survey.targets(columns, masks, targets);
-                (moving, level) = step(&mut columns.log_weight, targets, &masks.free, (level, elapsed));
+                let fixed = (masks.free.as_slice(), columns.log_registered.as_slice());
+                let stepped = step(&mut columns.log_weight, targets, fixed, (level, elapsed));
+                Stepped { moving, level, held } = stepped;
             }
             learned(columns, masks, &survey, &mut level)
         }
@@ -489,6 +515,7 @@ pub(crate) fn weigh(view: View<'_>, leases: Leases) -> Weighed {
         guard: survey.guard,
         balancers,
         moving,
+        held,
     }
 }
 
@@ -552,15 +579,32 @@ impl Survey {
 ///
 /// Targets compare with each other only. The level is how far the weights that may move are above their targets on
 /// average: with it added, a pool's weights move against each other and not all in one direction.
+///
+/// Beyond twice its registered weight (in the pool's scale) a weight grows by [`GROWTH_PER_SECOND`] only: a resource's own
+/// claim must not win it half a pool within seconds. How many are held by that is given too.
 fn step(
     weights: &mut [f32],
     targets: &mut [f32],
-    free: &[f32],
+    (free, log_registered): (&[f32], &[f32]),
     (level, elapsed): (f32, Duration),
-) -> (bool, f32) {
+) -> Stepped {
     let count = total(free);
     if count == 0.0 {
-        return (false, level);
+        return Stepped { moving: false, level, held: 0 };
+    }
+    // Weights have a mean of 0, as logarithms.
+    let free_of = GROWTH_FREE_LOG2 - sum_of(free, log_registered) / count;
+    let growth = GROWTH_PER_SECOND * elapsed.as_secs_f32() - level;
+    let mut held = 0.0;
+    // Mostly nobody claims as much, and two looks say so.
+    if extremes(weights, |weight| weight).1 > extremes(log_registered, |registered| registered).0 + free_of {
+        let all = weights.iter().zip(targets.iter_mut()).zip(free.iter().zip(log_registered));
+        for ((weight, target), (free, registered)) in all {
+            // The claim itself is cut, and before the level is found: else the others would fall in its place.
+            let most = if *weight > registered + free_of { weight + growth } else { f32::INFINITY };
+            held += if *target > most + ARRIVED { *free } else { 0.0 };
+            *target = if *target > most { most } else { *target };
+        }
     }
     let level = (sum_of(free, weights) - sum_of(free, targets)) / count;
     let most = STEP_PER_SECOND * elapsed.as_secs_f32();
@@ -572,7 +616,17 @@ fn step(
         *target = distance - moved;
     }
     let (back, ahead) = extremes(targets, |left| left);
-    (back < -ARRIVED || ahead > ARRIVED, level)
+    Stepped { moving: back < -ARRIVED || ahead > ARRIVED, level, held: held as u32 }
+}
+
+/// What became of a step.
+#[derive(Debug, Clone, Copy, Default)]
+struct Stepped {
+    /// Some have not arrived.
+    moving: bool,
+    level: f32,
+    /// How many want more than they may grow.
+    held: u32,
 }
 
 /// Takes the mean of all weights (as logarithms) to 0; gives how far it was.
@@ -697,6 +751,22 @@ mod tests {
     }
 
     #[test]
+    fn a_rate_is_believed_as_far_as_there_is_reason() {
+        // Gets half of what is fair and is less busy for it, but busy: it is slow.
+        let slow = offset(-1.0, -0.5, 50.0, 0.4);
+        assert!((-0.4..-0.3).contains(&slow), "{slow}");
+        // Gets half and is nearly idle: what it can do is not known.
+        assert_eq!(offset(-1.0, -0.5, 50.0, 0.1), 0.0);
+        // Gets half and is busier: others keep it busy, whatever its utilization.
+        let burning = offset(-1.0, 0.5, 50.0, 0.1);
+        assert!((-1.3..-1.1).contains(&burning), "{burning}");
+        // A newcomer: next to nothing, and next to idle.
+        assert_eq!(offset(-4.0, -3.0, 100.0, 0.06), 0.0);
+        // Nearly equal.
+        assert_eq!(offset(0.1, 0.02, 1_000.0, 0.7), 0.0);
+    }
+
+    #[test]
     fn sums_take_every_value() {
         let values: Vec<f32> = (0..19).map(|n| n as f32).collect();
         assert_eq!(sum_of(&[1.0; 19], &values), 171.0);
@@ -704,5 +774,34 @@ mod tests {
         assert_eq!(sum_of(&[], &[]), 0.0);
         assert_eq!(extremes(&values, |value| -value), (-18.0, 0.0));
         assert_eq!(extremes(&values[..3], |value| value + 1.0), (1.0, 3.0));
+    }
+
+    #[test]
+    fn a_claim_beyond_twice_the_registered_weight_grows_slowly() {
+        let (free, registered) = ([1.0; 4], [0.0, 1.0, 0.0, -1.0]);
+        let mut weights = [0.0, 1.0, 0.0, -1.0];
+        let mut level = 0.0;
+        let mut second = |weights: &mut [f32; 4], claim: f32| {
+            let mut targets = [claim, 1.0, 0.0, -1.0];
+            let stepped = step(weights, &mut targets, (&free, &registered), (level, Duration::from_secs(1)));
+            level = stepped.level - centre(weights, &free, 4.0);
+            stepped
+        };
+        let mut held = 0;
+        for _ in 0..4 {
+            held = second(&mut weights, 6.0).held;
+        }
+        let after_four = weights[0];
+        assert!(after_four > 1.0 && held == 1, "twice as much within four seconds: {weights:?}");
+        for _ in 0..10 {
+            held = second(&mut weights, 6.0).held;
+        }
+        let grown = weights[0] - after_four;
+        assert!((0.5..1.1).contains(&grown) && held == 1, "and again in ten more: {weights:?}");
+        assert!((weights[1] - weights[2] - 1.0).abs() < 0.1, "the others stay among themselves: {weights:?}");
+        // What falls, falls as fast as ever, and nobody is held.
+        let before = weights[0];
+        assert_eq!(second(&mut weights, -2.0).held, 0);
+        assert!(weights[0] < before - 0.4, "{weights:?}");
     }
 }

@@ -70,6 +70,8 @@ pub(crate) struct Pool {
     pub(crate) unit: RateUnit,
     pub(crate) guard: Option<Guard>,
     pub(crate) balancers: f32,
+    /// How many wanted more in the last table than their weight may grow.
+    pub(crate) growth_held: u32,
     /// Where newcomers start, above their registered weight (as log2).
     level: f32,
     /// When the first of its members is past its own start, and a newcomer has to start slowly beside it. As of the
@@ -117,6 +119,7 @@ impl Pool {
             unit: RateUnit::default(),
             guard: None,
             balancers: 1.0,
+            growth_held: 0,
             level: 0.0,
             established: Timestamp::NEVER,
             slow_until: Timestamp::ZERO,
@@ -455,6 +458,7 @@ impl Pool {
         self.level = weighed.level;
         self.weights = weighed.eligible;
         self.balancers = weighed.balancers;
+        self.growth_held = weighed.held;
         // Sides are judged, and the flood of arrivals is measured, as time passes.
         self.moving = weighed.moving || self.versions.is_some() || self.policy() == Policy::Criteria;
         self.dirty = false;

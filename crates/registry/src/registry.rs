@@ -17,6 +17,7 @@ use crate::criteria::Criterion;
 use crate::past::CriterionState;
 use crate::policy::{self, Survey};
 use crate::pool::{Member, Pool};
+use crate::scores::FLOWS_ASSUMED;
 use crate::{
     Candidate, CandidateScore, Config, ConfigError, ENTRIES_MAX, Explanation, GuardStatus, Labels, LeftOut,
     Note, PoolStatus, Registration, ResourceState, ResourceStatus, Standing, StateCounts, Utilization,
@@ -805,10 +806,10 @@ fn guards(pool: &Pool, survey: &Survey, now: Timestamp) -> Vec<GuardStatus> {
         ),
         status(
             "share_growth",
-            survey.growth_held() > 0,
+            pool.growth_held > 0,
             format!(
                 "{} of {eligible} ask for more than twice their registered share faster than it may grow",
-                survey.growth_held()
+                pool.growth_held
             ),
         ),
     ]
@@ -916,11 +917,11 @@ fn candidate_scores(pool: &Pool, member: &Member, now: Timestamp) -> Vec<Candida
     let states = pool.config.criteria.iter().zip(&member.past.criteria);
     let score = |(criterion, state): (&Criterion, &CriterionState)| {
         let value = state.sampled.map_or(f64::NAN, |sampled| sampled.value);
-        let flows = state.sampled.map_or(1.0, |sampled| sampled.flows.max(1.0));
+        let flows = state.sampled.map_or(1.0, |sampled| sampled.flows);
         CandidateScore {
             criterion: criterion.to_string(),
             value,
-            per_flow: f64::from(state.footprint.per_flow((value.abs() / flows) as f32)),
+            per_flow: f64::from(state.footprint.per_flow((value.abs() / flows.max(FLOWS_ASSUMED)) as f32)),
             age: state.sampled.map(|sampled| now.since(sampled.at)),
         }
     };

@@ -10,6 +10,8 @@ use crate::pool::Member;
 const SCALE_FLOOR: f32 = 0.01;
 /// Part of all flows that goes to everyone alike when flows are divided like water: nobody is forgotten.
 const EXPLORED: f32 = 0.05;
+/// Before anything is learned, a flow is taken to add as much as if at least so many made up the whole value.
+pub(crate) const FLOWS_ASSUMED: f64 = 50.0;
 /// A flow adds at least this part of the mean score: where nothing is known of it, what was opened must count all the same.
 const PER_FLOW_MIN: f32 = 1e-4;
 
@@ -74,8 +76,8 @@ fn score_all(
         values += (sampled.value / sampled.scale.max(f64::MIN_POSITIVE)).abs();
         flows += sampled.flows;
     }
-    // Without flows the whole value is not theirs: as if each had one.
-    let prior = if known > 0.0 { values / known / (flows / known).max(1.0) } else { 0.0 };
+    // Where few flows are open, most of the value is not theirs.
+    let prior = if known > 0.0 { values / known / (flows / known).max(FLOWS_ASSUMED) } else { 0.0 };
     let score = |state: &CriterionState| {
         let sampled = state.sampled?;
         let per_flow = f64::from(state.footprint.per_flow(prior as f32));
