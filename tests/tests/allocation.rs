@@ -729,7 +729,7 @@ fn who_accepts_and_resets_does_not_draw_everything() {
     let balancer = Balancer::start(BalancerConfig::default());
     let services = services(["sink", "b", "c"]);
     let folder = tempfile::tempdir().expect("a temporary folder");
-    // Its agent may notice by itself: here it does not. Were all hosts saturated, it would not be left alone.
+    // Its agent may notice by itself: here it does not.
     let flags =
         |n: usize| [&["--no-check".into()], &as_busy(0.1, folder.path(), services[n].name())[..]].concat();
     let _agents = agents(&balancer, &services, flags);
@@ -768,7 +768,7 @@ fn who_accepts_and_resets_does_not_draw_everything() {
 }
 
 #[test]
-fn where_all_are_saturated_nobody_is_left_alone_and_that_is_said() {
+fn a_saturated_pool_is_held_and_does_not_pour_into_a_sinkhole() {
     let balancer = Balancer::start(BalancerConfig::default());
     let services = services(["resets", "b", "c"]);
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -779,11 +779,8 @@ fn where_all_are_saturated_nobody_is_left_alone_and_that_is_said() {
     services[0].behave(Manners::ResetsAtOnce);
     let failed = (0..200).filter(|_| ask(balancer.listener()).is_err()).count();
     println!("{failed} of 200 connections failed");
-    // A third of them; it may be load that it suffers from, and the others could bear no more.
-    assert!((20..160).contains(&failed), "{failed} of 200 failed");
-    let explained = balancer.ask(&["explain", POOL]);
-    let candidate = &by_id(&explained["candidates"])["resets"];
-    assert_eq!(candidate["left_out"], "", "it is given connections: {candidate:#}");
-    assert_eq!(guard_holds(&balancer, "ejections_ignored"), Some(true));
+    // Five in a row eject it, whatever its load; time-outs would not.
+    assert!((5..40).contains(&failed), "{failed} of 200 failed");
     assert_eq!(guard_holds(&balancer, "sinkhole"), Some(true));
+    assert_eq!(guard_holds(&balancer, "ejections_ignored"), Some(false), "one of three is not most");
 }

@@ -30,8 +30,8 @@ pub struct LiveFacts {
     /// Connects that failed in a row; 0: healthy, and then nothing else here is looked at.
     failures_in_a_row: AtomicU32,
     fast_resets_in_a_row: AtomicU32,
-    /// Whether the last failure is a sign of load ([`SOFT`]) or of absence.
-    softness: AtomicU32,
+    /// What the last failure was: [`REFUSED`], [`TIMED_OUT`] or [`RESET`].
+    failure: AtomicU32,
     paused_until_ms: AtomicU64,
     /// Peak-sensitive average of the time to the first byte: microseconds as `f32` bits, and the millisecond (low 32 bits) of
     /// its last change. 0: nothing was measured.
@@ -52,8 +52,10 @@ pub struct LiveFacts {
 /// An `Arc` adds two counts of 8 bytes, malloc a header of 8.
 const _: () = assert!(size_of::<LiveFacts>() + 16 + 8 == 192);
 
-/// Time-outs and resets: signs of load rather than of absence.
-const SOFT: u32 = 1;
+/// What failed last. Only refusal is certain knowledge; the others may be load.
+const REFUSED: u32 = 0;
+const TIMED_OUT: u32 = 1;
+const RESET: u32 = 2;
 /// Time constant of the average of latency (Finagle's and Linkerd's).
 const LATENCY_OVER_MS: f32 = 10_000.0;
 
@@ -113,9 +115,12 @@ pub enum Verdict {
     Probe,
     /// It could not be reached and its pause is not over.
     Paused,
-    /// It timed out or reset flows, and its pause is not over. Unlike a refused connect that may be load: where most of a pool
-    /// is ejected, or all of it is saturated, ejections are ignored.
+    /// It timed out, and its pause is not over. Unlike a refused connect that may be load: where most of a pool is ejected, or
+    /// all of it is saturated, that is ignored.
     Ejected,
+    /// It reset flows before it answered, several in a row, and its pause is not over. Where most of a pool does, that is ignored;
+    /// in a saturated pool it is not: a resource that fails at once would draw what the others cannot take.
+    Resetting,
     /// It has as many flows as it takes.
     Full,
 }
@@ -160,11 +165,12 @@ impl LiveFacts {
             return Verdict::Usable;
         }
         if now.as_millis() >= self.paused_until_ms.load(Relaxed) {
-            Verdict::Probe
-        } else if self.softness.load(Relaxed) == SOFT {
-            Verdict::Ejected
-        } else {
-            Verdict::Paused
+            return Verdict::Probe;
+        }
+        match self.failure.load(Relaxed) {
+            TIMED_OUT => Verdict::Ejected,
+            RESET => Verdict::Resetting,
+            _ => Verdict::Paused,
         }
     }
 
@@ -217,8 +223,8 @@ impl LiveFacts {
         OpenFlow { live: Arc::clone(self) }
     }
 
-    fn pause(&self, softness: u32, now: Timestamp) {
-        self.softness.store(softness, Relaxed);
+    fn pause(&self, failure: u32, now: Timestamp) {
+        self.failure.store(failure, Relaxed);
         let failures = self.failures_in_a_row.fetch_add(1, Relaxed);
         let pause = PAUSE_FIRST.saturating_mul(1 << failures.min(5)).min(PAUSE_MAX);
         self.paused_until_ms.store((now + pause).as_millis(), Relaxed);
@@ -262,7 +268,7 @@ impl OpenFlow {
     pub fn reset_before_answer(&self, now: Timestamp) {
         self.live.fast_resets.fetch_add(1, Relaxed);
         if self.live.fast_resets_in_a_row.fetch_add(1, Relaxed) + 1 >= FAST_RESETS_MAX {
-            self.live.pause(SOFT, now);
+            self.live.pause(RESET, now);
         }
     }
 
@@ -297,12 +303,12 @@ impl OpenFlow {
 
     /// The connect failed: the backend is left alone for a growing while.
     pub fn connect_failed(&self, failure: ConnectFailure, now: Timestamp) {
-        let softness = match failure {
-            ConnectFailure::Refused => 0,
-            ConnectFailure::TimedOut => SOFT,
+        let failure = match failure {
+            ConnectFailure::Refused => REFUSED,
+            ConnectFailure::TimedOut => TIMED_OUT,
         };
         self.live.connect_failures.fetch_add(1, Relaxed);
-        self.live.pause(softness, now);
+        self.live.pause(failure, now);
     }
 }
 
@@ -367,7 +373,7 @@ mod tests {
             flow.connected();
             flow.reset_before_answer(at(0));
         }
-        assert_eq!(live.verdict(0, at(0)), Verdict::Ejected);
+        assert_eq!(live.verdict(0, at(0)), Verdict::Resetting);
         // Accepting alone does not clear it: that is all a sinkhole ever does. An answer does.
         let flow = live.open_flow();
         flow.connected();

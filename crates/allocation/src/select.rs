@@ -15,6 +15,7 @@
 //!
 //! Whatever the policy, a backend that is full or paused is passed over, and so is one that is ejected (time-outs, resets),
 //! unless more than half of those looked at are: then it is not they who are at fault, and ejections are ignored for this flow.
+//! Time-outs alone are ignored in a saturated pool too.
 
 use crate::criteria::{CONSIDERED_MAX, Considered};
 use crate::decision::{Look, Looks};
@@ -277,7 +278,7 @@ impl Selector {
         let ejected = seen
             .filter(|index| {
                 let Candidate { live, flows_max } = view.table.candidate(**index);
-                live.verdict(*flows_max, view.now) == Verdict::Ejected
+                matches!(live.verdict(*flows_max, view.now), Verdict::Ejected | Verdict::Resetting)
             })
             .count();
         ejected * 2 > eligible.len().min(EJECTED_SEEN_MAX)
@@ -683,6 +684,9 @@ struct View<'a> {
     table: &'a AllocationTable,
     tried: &'a Excluded,
     now: Timestamp,
+    /// All are saturated, or nobody knows.
+    ignore_time_outs: bool,
+    /// Most are ejected.
     ignore_ejections: bool,
     /// How many looks there were, and how many found a backend ejected.
     looks: u32,
@@ -693,8 +697,8 @@ struct View<'a> {
 
 impl<'a> View<'a> {
     fn new(table: &'a AllocationTable, tried: &'a Excluded, now: Timestamp) -> Self {
-        let ignore_ejections = table.ignores_ejections();
-        Self { table, tried, now, ignore_ejections, looks: 0, ejected: 0, full: 0 }
+        let ignore_time_outs = table.ignores_time_outs();
+        Self { table, tried, now, ignore_time_outs, ignore_ejections: false, looks: 0, ejected: 0, full: 0 }
     }
 
     /// More than half of those looked at are ejected: worth a look at the others.
@@ -709,8 +713,11 @@ impl<'a> View<'a> {
         match live.verdict(*flows_max, self.now) {
             _ if self.tried.contains(index) => None,
             verdict @ (Verdict::Usable | Verdict::Probe) => Some((verdict, live.flows_open())),
-            Verdict::Ejected if self.ignore_ejections => Some((Verdict::Usable, live.flows_open())),
-            Verdict::Ejected => {
+            Verdict::Ejected if self.ignore_time_outs => Some((Verdict::Usable, live.flows_open())),
+            Verdict::Ejected | Verdict::Resetting if self.ignore_ejections => {
+                Some((Verdict::Usable, live.flows_open()))
+            }
+            Verdict::Ejected | Verdict::Resetting => {
                 self.ejected += 1;
                 None
             }
@@ -1132,6 +1139,23 @@ mod tests {
             assert!(got(&mut selector) > 0, "{policy}: three of four are not all at fault");
             assert!(selector.panics() > 0);
         }
+    }
+
+    #[test]
+    fn in_a_saturated_pool_time_outs_eject_nobody_and_resets_do() {
+        let table = AllocationTable::build(crate::TableSpec {
+            ignore_time_outs: true,
+            ..spec(Policy::RoundRobin, &[1.0; 4])
+        });
+        let live = |index| &table.backend(BackendIndex(index)).live;
+        live(0).open_flow().connect_failed(ConnectFailure::TimedOut, NOW);
+        for _ in 0..5 {
+            live(1).open_flow().reset_before_answer(NOW);
+        }
+        let mut selector = Selector::new(5);
+        let mut counts = [0; 4];
+        (0..300).for_each(|_| counts[pick(&table, &mut selector) as usize] += 1);
+        assert!(counts[0] > 90 && counts[1] == 0, "{counts:?}");
     }
 
     #[test]

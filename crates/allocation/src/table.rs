@@ -123,8 +123,8 @@ pub struct TableSpec {
     pub weights: Vec<f32>,
     /// How many balancers share the pool: flows open elsewhere are taken to be like ours.
     pub balancers: f32,
-    /// Ejections ([`crate::Verdict::Ejected`]) are ignored: all are saturated, or nobody knows.
-    pub ignore_ejections: bool,
+    /// Ejections for time-outs ([`crate::Verdict::Ejected`]) are ignored: all are saturated, or nobody knows.
+    pub ignore_time_outs: bool,
     /// Why, for each member with no weight; empty: nobody asks.
     pub left_out: Vec<LeftOut>,
     /// Nobody who is ready meets the requirement: what [`crate::NoBackend`] says when nobody is eligible.
@@ -148,7 +148,7 @@ impl TableSpec {
             members,
             weights,
             balancers: 1.0,
-            ignore_ejections: false,
+            ignore_time_outs: false,
             left_out: Vec::new(),
             requirement_unmet: false,
             criteria: Criteria::default(),
@@ -218,7 +218,7 @@ pub struct AllocationTable {
     /// Backends of weight above 0, in order.
     eligible: Box<[BackendIndex]>,
     balancers: f32,
-    ignore_ejections: bool,
+    ignore_time_outs: bool,
     requirement_unmet: bool,
     left_out: Box<[LeftOut]>,
     /// Empty where the policy does not sample.
@@ -282,7 +282,7 @@ impl AllocationTable {
             steps,
             eligible: eligible.into(),
             balancers: if spec.balancers >= 1.0 { spec.balancers } else { 1.0 },
-            ignore_ejections: spec.ignore_ejections,
+            ignore_time_outs: spec.ignore_time_outs,
             requirement_unmet: spec.requirement_unmet,
             left_out: spec.left_out.into(),
             alias,
@@ -355,9 +355,9 @@ impl AllocationTable {
         self.requirement_unmet
     }
 
-    /// Whether ejections are ignored.
-    pub fn ignores_ejections(&self) -> bool {
-        self.ignore_ejections
+    /// Whether ejections for time-outs are ignored.
+    pub fn ignores_time_outs(&self) -> bool {
+        self.ignore_time_outs
     }
 
     /// Whether a selection depends on who the client is: only then it is worth asking the kernel.

@@ -197,7 +197,8 @@ fn passed_over(look: &Look) -> &'static str {
         _ if look.tried => "this flow had tried it",
         Verdict::Usable | Verdict::Probe => "",
         Verdict::Paused => "connecting to it failed",
-        Verdict::Ejected => "it timed out or reset flows",
+        Verdict::Ejected => "it timed out",
+        Verdict::Resetting => "it reset flows before it answered",
         Verdict::Full => "it had as many flows as it takes",
     }
 }

@@ -515,7 +515,7 @@ impl Pool {
         };
         TableSpec {
             balancers: weighed.balancers,
-            ignore_ejections: weighed.guard.is_some(),
+            ignore_time_outs: weighed.guard.is_some(),
             left_out,
             requirement_unmet,
             criteria,

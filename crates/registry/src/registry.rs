@@ -770,7 +770,7 @@ fn guards(pool: &Pool, survey: &Survey, now: Timestamp) -> Vec<GuardStatus> {
             "stale_reports",
             held(policy::Guard::StaleReports),
             format!(
-                "{fresh} of {} that ever reported do so lately; below half, weights are held and ejections ignored",
+                "{fresh} of {} that ever reported do so lately; below half, weights are held and time-outs eject nobody",
                 fresh + stale
             ),
         ),
@@ -778,12 +778,12 @@ fn guards(pool: &Pool, survey: &Survey, now: Timestamp) -> Vec<GuardStatus> {
             "fleet_saturated",
             held(policy::Guard::FleetSaturated),
             format!(
-                "mean utilization {utilization:.0}%; above {saturated:.0}%, weights are held and ejections ignored"
+                "mean utilization {utilization:.0}%; above {saturated:.0}%, weights are held and time-outs eject nobody"
             ),
         ),
         status(
             "ejections_ignored",
-            survey.guard.is_some() || ejected * 2 > eligible,
+            ejected * 2 > eligible,
             format!(
                 "{ejected} of {eligible} are ejected after time-outs or resets; above half, all are tried again"
             ),
@@ -832,7 +832,8 @@ impl Seen {
         self.eligible += 1;
         self.stale += usize::from(stale);
         self.fresh += usize::from(!stale && row.reported != Timestamp::NEVER);
-        self.ejected += usize::from(backend.live.verdict(0, now) == Verdict::Ejected);
+        let verdict = backend.live.verdict(0, now);
+        self.ejected += usize::from(matches!(verdict, Verdict::Ejected | Verdict::Resetting));
         self.resetting += usize::from(backend.live.is_resetting());
         self.starting += usize::from(row.slow_start(&pool.config.knobs, now) < 1.0);
     }
@@ -953,7 +954,7 @@ fn left_out(pool: &Pool, entry: &Entry, table: usize, now: Timestamp) -> Option<
         // As its tables do.
         Verdict::Ejected if pool.guard.is_some() => None,
         Verdict::Paused => Some(LeftOut::Paused),
-        Verdict::Ejected => Some(LeftOut::Ejected),
+        Verdict::Ejected | Verdict::Resetting => Some(LeftOut::Ejected),
         Verdict::Full => Some(LeftOut::Full { flows_max }),
     }
 }
