@@ -13,7 +13,9 @@ use benches::case::Case;
 use benches::measure::Conditions;
 use benches::peer::{Installed, Proxy};
 use benches::process;
+use benches::race;
 use benches::report::Report;
+use benches::reports;
 use benches::rounds::{self, Plan};
 use benches::select;
 use clap::{Args, Parser, Subcommand};
@@ -33,6 +35,13 @@ enum What {
     Proxies(ProxiesArguments),
     /// Nanoseconds for a selection and for a new allocation table
     Select(SelectArguments),
+    /// How long clients wait behind trimtab and HAProxy where backends are unequal and disturbed
+    Race(race::RaceArguments),
+    /// What a report costs the balancer, and how soon selections follow it
+    Reports(reports::ReportsArguments),
+    /// The backends of a race; it starts them itself
+    #[command(hide = true)]
+    RaceBackends(race::BackendsArguments),
 }
 
 #[derive(Debug, Args)]
@@ -97,6 +106,18 @@ fn run(command: What) -> anyhow::Result<()> {
             print!("{}", select::markdown(&micros));
             write(arguments.json.as_ref(), || Ok(serde_json::to_string_pretty(&micros)?))
         }
+        What::Race(arguments) => {
+            let report = race::run(&arguments, &mut |line| eprintln!("{line}"))?;
+            print!("{}", report.markdown());
+            write(arguments.markdown.as_ref(), || Ok(report.markdown()))?;
+            write(arguments.json.as_ref(), || Ok(serde_json::to_string_pretty(&report)?))
+        }
+        What::Reports(arguments) => {
+            let report = reports::run(&arguments, &mut |line| eprintln!("{line}"))?;
+            print!("{}", report.markdown());
+            write(arguments.json.as_ref(), || Ok(serde_json::to_string_pretty(&report)?))
+        }
+        What::RaceBackends(arguments) => race::serve(&arguments),
     }
 }
 

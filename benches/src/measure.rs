@@ -209,10 +209,10 @@ fn thread_cpu_time() -> Duration {
 }
 
 /// A temporary folder, gone when dropped.
-struct Folder(PathBuf);
+pub(crate) struct Folder(pub(crate) PathBuf);
 
 impl Folder {
-    fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let base = std::env::temp_dir();
         for attempt in 0..100 {
             let folder = base.join(format!("trimtab-bench-{}-{attempt}", std::process::id()));

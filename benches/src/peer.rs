@@ -313,7 +313,8 @@ fn version(program: &Path, flag: &str) -> String {
     }
 }
 
-fn wait_until_it_accepts(tree: &mut ProcessTree, listen: SocketAddr) -> io::Result<()> {
+/// Waits until somebody accepts at `listen`, for as long as the process lives.
+pub(crate) fn wait_until_it_accepts(tree: &mut ProcessTree, listen: SocketAddr) -> io::Result<()> {
     let deadline = Instant::now() + READY;
     loop {
         tree.check()?;

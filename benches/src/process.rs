@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Resource, Signal};
 use rustix::thread::CpuSet;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 /// Every process of every tree that runs: the panic hook has nothing else to go by.
 static RUNNING: Mutex<Vec<i32>> = Mutex::new(Vec::new());
@@ -98,6 +100,18 @@ impl ProcessTree {
         Ok(Duration::from_nanos(nanos))
     }
 
+    /// Processor time in user mode so far, in seconds, by the clock's ticks of 10 ms (`/proc/PID/stat`).
+    pub fn user_seconds(&self) -> io::Result<f64> {
+        let mut ticks = 0;
+        for pid in &self.pids {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+            // pid (name) state …: the twelfth after the name.
+            let rest = stat.rsplit(") ").next().unwrap_or_default();
+            ticks += rest.split(' ').nth(11).and_then(|ticks| ticks.parse::<u64>().ok()).unwrap_or(0);
+        }
+        Ok(ticks as f64 / 100.0)
+    }
+
     /// Memory now.
     pub fn memory(&self) -> io::Result<Memory> {
         let mut sum = Memory { rss: 0, pss: 0, private_dirty: 0 };
@@ -147,6 +161,19 @@ pub fn kill_all_on_panic() {
             all.iter().for_each(|pid| kill_one(*pid));
         }
     }));
+}
+
+/// Lets SIGINT and SIGTERM kill what was started, and end this process: for commands that have nothing to say half-way.
+pub fn kill_all_on_signal() -> io::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            running(|all| all.iter().for_each(|pid| kill_one(*pid)));
+            eprintln!("bench: interrupted");
+            std::process::exit(128 + signal);
+        }
+    })?;
+    Ok(())
 }
 
 /// Lets this thread run on `cpu` alone.

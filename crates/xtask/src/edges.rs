@@ -66,7 +66,12 @@ const RULES: &[Rule] = &[
     Rule { package: "xtask", may: &[], never: &["tokio", "tonic"] },
     // It drives the binary from outside; the wire's types are how a resource would.
     Rule { package: "e2e", may: &["trimtab-api"], never: &["io-uring"] },
-    Rule { package: "benches", may: &["trimtab-allocation", "trimtab-flow", "trimtab-registry"], never: &[] },
+    // It drives the binary as clients and resources do, and times control with nothing between.
+    Rule {
+        package: "benches",
+        may: &["trimtab-allocation", "trimtab-api", "trimtab-control", "trimtab-flow", "trimtab-registry"],
+        never: &[],
+    },
 ];
 
 /// The one crate that may name `io-uring`, and have unsafe code.
