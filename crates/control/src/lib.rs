@@ -162,6 +162,9 @@ pub enum RunError {
     /// The gRPC server failed.
     #[error("the gRPC server failed: {0}")]
     Grpc(#[from] tonic::transport::Error),
+    /// The kernel gave no thread for the tick.
+    #[error("the thread that makes tables cannot be started: {0}")]
+    Tick(#[from] std::io::Error),
 }
 
 /// What the parts of control share.
@@ -248,13 +251,13 @@ impl Control {
             dataplane: config.dataplane,
             phase: phase.clone(),
         });
-        let tick = tokio::spawn(tick::run(Arc::clone(&shared)));
+        tick::start(Arc::clone(&shared))?;
         let http = tokio::spawn(http::serve(self.http, Arc::clone(&shared)));
         let prober = tokio::spawn(prober::run(Arc::clone(&shared)));
         let log =
             self.decision_log.map(|writer| tokio::spawn(decision_log::run(writer, Arc::clone(&shared))));
         let served = grpc::serve(self.grpc, shared).await;
-        for task in [tick, http, prober].into_iter().chain(log) {
+        for task in [http, prober].into_iter().chain(log) {
             task.abort();
         }
         served

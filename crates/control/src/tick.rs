@@ -10,16 +10,30 @@ use crate::{Phase, Shared, reached};
 /// Longest sleep: what a far deadline is cut to.
 const SLEEP_MAX: Duration = Duration::from_secs(3600);
 
-/// Runs until the process ends.
-pub(crate) async fn run(shared: Arc<Shared>) {
+/// Two looks are at least so far apart: thousands of reports a second must not wake the tick thousands of times.
+const LOOK_GAP: Duration = Duration::from_micros(500);
+
+/// Runs until the process ends, on a thread of its own: in a flood of reports, tables must not wait behind all of them.
+///
+/// # Errors
+/// If the thread or its event loop cannot be had.
+pub(crate) fn start(shared: Arc<Shared>) -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+    let thread = std::thread::Builder::new().name("tick".to_owned());
+    thread.spawn(move || runtime.block_on(run(shared))).map(|_| ())
+}
+
+async fn run(shared: Arc<Shared>) {
     let mut terminated = std::pin::pin!(reached(shared.phase.clone(), Phase::Terminated));
     loop {
+        let looked = Instant::now();
         step(&shared);
-        let farthest = Instant::now() + SLEEP_MAX;
+        let farthest = looked + SLEEP_MAX;
         let deadline = shared.clock.instant(shared.registry.next_deadline()).map(Instant::from_std);
         tokio::select! {
             () = &mut terminated => return,
-            () = shared.changed.notified() => {}
+            // A change that comes meanwhile is not lost: it is kept for the next wait.
+            () = shared.changed.notified() => sleep_until(looked + LOOK_GAP).await,
             () = sleep_until(deadline.map_or(farthest, |at| at.min(farthest))) => {}
         }
     }

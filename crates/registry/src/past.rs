@@ -21,6 +21,8 @@ pub(crate) const BUSY: &str = "utilization";
 #[derive(Debug)]
 pub(crate) struct Past {
     history: History,
+    /// Where each dimension of the last report was in the history, in the order of reports: mostly they are there again.
+    places: Vec<u8>,
     bytes: usize,
     forecast: Option<f64>,
     forecast_at: Timestamp,
@@ -62,6 +64,7 @@ impl Past {
             bytes: 0,
             forecast: None,
             forecast_at: Timestamp::ZERO,
+            places: Vec::new(),
             criteria: vec![CriterionState::default(); config.criteria.len()],
             busy: CriterionState::default(),
             history,
@@ -94,11 +97,16 @@ impl Past {
     ) -> u64 {
         let flows = f64::from(sample.flows_open);
         let mut refused = 0;
+        let mut turn = 0;
         each_dimension(sample, utilization, |dimension, value| {
             let known = room || self.history.latest(dimension).is_some();
             refused += u64::from(!known);
             if known {
-                self.history.record(dimension, value, now);
+                if turn == self.places.len() {
+                    self.places.push(0);
+                }
+                self.history.record_near(&mut self.places[turn], dimension, value, now);
+                turn += 1;
             }
         });
         self.busy.footprint.observe(sample.busy, sample.flows_open, now);
