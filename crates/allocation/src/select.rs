@@ -17,6 +17,8 @@
 //! unless more than half of those looked at are: then it is not they who are at fault, and ejections are ignored for this flow.
 //! Time-outs alone are ignored in a saturated pool too.
 
+use std::hint::select_unpredictable;
+
 use crate::criteria::{CONSIDERED_MAX, Considered};
 use crate::decision::{Look, Looks};
 use crate::key::mix;
@@ -134,10 +136,9 @@ struct Sampled {
 }
 
 impl Sampled {
-    fn of(indexes: &[BackendIndex]) -> Self {
-        let mut sampled = Self { count: indexes.len(), ..Self::default() };
-        sampled.indexes[..indexes.len()].copy_from_slice(indexes);
-        sampled
+    fn set(&mut self, indexes: &[BackendIndex]) {
+        self.count = indexes.len();
+        self.indexes[..indexes.len()].copy_from_slice(indexes);
     }
 }
 
@@ -187,7 +188,8 @@ impl Selector {
         now: Timestamp,
     ) -> Result<Selection, NoBackend> {
         let (index, side) = self.decide(table, key, tried, now, true)?;
-        Ok(Selection { index, open: table.backend(index).live.open_flow(), side })
+        // Not by the backend itself: that is a cache miss more, in a large pool.
+        Ok(Selection { index, open: table.candidate(index).live.open_flow(), side })
     }
 
     /// What [`Selector::select_for`] would select, and on which side: no flow is opened, and no right to try a failed backend
@@ -360,7 +362,7 @@ impl Selector {
         let alias = view.table.alias();
         let samples: [BackendIndex; SAMPLES] =
             std::array::from_fn(|_| BackendIndex(alias.draw(self.random.next())));
-        self.sampled = Sampled::of(&samples);
+        self.sampled.set(&samples);
         let mut least = f32::INFINITY;
         let mut flows = 0;
         let mut probes = 0_u32;
@@ -374,7 +376,8 @@ impl Selector {
             (levels[place], costs[place]) = (level, level + step);
             least = least.min(level + step);
         }
-        let about = if view.table.is_idle(flows, SAMPLES) { f32::INFINITY } else { least * ABOUT };
+        // Not a branch: which way it went would be known only when all looks are done.
+        let about = select_unpredictable(view.table.is_idle(flows, SAMPLES), f32::INFINITY, least * ABOUT);
         // The infinite levels of those that are not usable are below nothing.
         let below = |place: usize| u32::from((levels[place] < least) & (costs[place] < about)) << place;
         let below = (0..SAMPLES).fold(0, |all, place| all | below(place));
@@ -440,7 +443,7 @@ impl Selector {
                 break;
             }
         }
-        self.sampled = Sampled::of(&[first, second]);
+        self.sampled.set(&[first, second]);
         let mut look =
             |index| view.usable(index).map(|(verdict, open)| (cost(view, index, open), index, verdict));
         let (a, b) = (look(first), look(second));
@@ -529,7 +532,7 @@ impl Selector {
         if let Some((index, ..)) = chosen
             && let Some((verdict, _)) = view.usable(index)
         {
-            self.sampled = Sampled::of(&[index]);
+            self.sampled.set(&[index]);
             return Some((index, verdict));
         }
         self.better_of_two(view, flows_by_weight)
@@ -554,7 +557,7 @@ impl Selector {
             let mut samples: [BackendIndex; CRITERIA_SAMPLES] =
                 std::array::from_fn(|_| draw(&mut self.random));
             samples.sort_unstable();
-            self.sampled = Sampled::of(&samples);
+            self.sampled.set(&samples);
             let mut before = None;
             for index in samples.into_iter().filter(|index| before.replace(*index) != Some(*index)) {
                 consider(index, &mut self.random);
@@ -707,7 +710,21 @@ impl<'a> View<'a> {
     }
 
     /// The verdict and the flows open, where this flow may use the backend.
+    ///
+    /// Made part of each loop that looks: a call for each look keeps the processor from beginning the next one.
+    #[inline(always)]
     fn usable(&mut self, index: BackendIndex) -> Option<(Verdict, u32)> {
+        let Candidate { live, flows_max } = self.table.candidate(index);
+        // Mostly there is no limit, nothing has failed, and nobody was tried.
+        if *flows_max == 0 && !live.is_down() && self.tried.count == 0 {
+            self.looks += 1;
+            return Some((Verdict::Usable, live.flows_open()));
+        }
+        self.usable_by_verdict(index)
+    }
+
+    #[inline(never)]
+    fn usable_by_verdict(&mut self, index: BackendIndex) -> Option<(Verdict, u32)> {
         let Candidate { live, flows_max } = self.table.candidate(index);
         self.looks += 1;
         match live.verdict(*flows_max, self.now) {
