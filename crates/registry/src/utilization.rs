@@ -253,15 +253,16 @@ fn parse_map(
     if entries.len() > ENTRIES_MAX {
         return Err(UtilizationError::TooManyEntries { field, count: entries.len() });
     }
-    let mut parsed = BTreeMap::new();
+    let mut parsed = Vec::with_capacity(entries.len());
     for (key, value) in entries {
         if let Some(fault) = key_fault(&key) {
             return Err(UtilizationError::Key { field, fault });
         }
         let value = parse(&key, value)?;
-        parsed.insert(key, value);
+        parsed.push((key, value));
     }
-    Ok(parsed)
+    // Mostly sorted already, as the wire's map is: then it is made at once and nothing is searched for.
+    Ok(parsed.into_iter().collect())
 }
 
 #[cfg(test)]
