@@ -50,6 +50,7 @@ pub(super) fn read(root: &mut Section<'_, '_>) -> Option<Vec<PoolConfig>> {
 
 fn read_one(section: &mut Section<'_, '_>, name: PoolName) -> PoolConfig {
     let policy = or(section.value("policy", text(parse_policy)), Policy::default());
+    let forecast = section.value("forecast", text(within(Duration::ZERO..=FORECAST_MAX)));
     let limit = section.value("flows_max_per_resource", integer(0..=u64::from(u32::MAX)));
     let defaults = PoolConfig::new(name, policy);
     PoolConfig {
@@ -57,21 +58,10 @@ fn read_one(section: &mut Section<'_, '_>, name: PoolName) -> PoolConfig {
         knobs: read_knobs(section, defaults.knobs),
         requires: requirements(section),
         criteria: criteria(section, policy),
-        forecast: or(section.value("forecast", text(within(Duration::ZERO..=FORECAST_MAX))), Duration::ZERO)
-            .into_some(),
+        // Zero stands for none.
+        forecast: forecast.map(Spanned::into_inner).filter(|ahead| !ahead.is_zero()),
         split: read_split(section.section("split")),
         ..defaults
-    }
-}
-
-trait IntoSome {
-    /// Zero stands for none.
-    fn into_some(self) -> Option<Duration>;
-}
-
-impl IntoSome for Duration {
-    fn into_some(self) -> Option<Duration> {
-        (!self.is_zero()).then_some(self)
     }
 }
 
@@ -79,7 +69,7 @@ fn read_knobs(section: &mut Section<'_, '_>, default: Knobs) -> Knobs {
     let time = || within(Duration::ZERO..=KNOB_MAX);
     let aggression = section.value("slow_start_aggression", decimal(0.1..=10.0));
     let penalty = section.value("error_utilization_penalty", decimal(0.0..=100.0));
-    let bounded = section.value("bounded_load", text_or_decimal_bounded());
+    let bounded = section.value("bounded_load", bounded_load);
     Knobs {
         slow_start: or(section.value("slow_start", text(time())), default.slow_start),
         slow_start_aggression: or(aggression, f64::from(default.slow_start_aggression)) as f32,
@@ -92,8 +82,8 @@ fn read_knobs(section: &mut Section<'_, '_>, default: Knobs) -> Knobs {
 }
 
 /// 0 switches it off; below 1 nobody could take a fair part.
-fn text_or_decimal_bounded() -> impl FnOnce(&toml::de::DeValue<'_>) -> Result<f64, Problem> {
-    |value| match decimal(0.0..=100.0)(value)? {
+fn bounded_load(value: &toml::de::DeValue<'_>) -> Result<f64, Problem> {
+    match decimal(0.0..=100.0)(value)? {
         factor if factor == 0.0 || factor >= 1.0 => Ok(factor),
         factor => Err(Problem::new(
             format!("{factor} is less than a fair part"),
