@@ -50,7 +50,7 @@ fn check_says_everything_and_exits_78() {
         assert_eq!(code(&output), 78, "{command}");
         let expected = "\
 FILE:2:10: error: `http.listen`: this is an integer, not a text
-  hint: write it in quotes: \"1\"
+  hint: write an IP address and a port: \"127.0.0.1:5432\" or \"[::1]:5432\"
 FILE:4:8: error: `listener.bind`: \":1\" is not an address
   hint: write \"0.0.0.0:1\" for every IPv4 address or \"127.0.0.1:1\" for this host alone
 FILE:5:8: error: `listener.pool`: there is no pool \"sql\"
