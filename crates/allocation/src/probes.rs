@@ -208,6 +208,10 @@ impl ProbePool {
         self.removals_owed += self.knobs.remove_per_flow;
         while self.removals_owed >= 1.0 {
             self.removals_owed -= 1.0;
+            if self.answers.len() <= self.knobs.pool_size / 2 {
+                // New answers are late: those that are left are better than none.
+                return;
+            }
             let place = if self.remove_oldest { self.oldest() } else { self.worst() };
             self.remove_oldest = !self.remove_oldest;
             let Some(place) = place else { return };
@@ -268,6 +272,18 @@ mod tests {
         for flow in 0..10 {
             assert_eq!((chosen(0), chosen(1)), (Some(1), Some(2)), "flow {flow}");
         }
+    }
+
+    #[test]
+    fn half_of_the_answers_outlast_a_burst_that_probes_cannot_keep_up_with() {
+        let mut pool = ProbePool::new(ProbeKnobs::default(), 1);
+        pool.renumber(1, 3);
+        for n in 0..16 {
+            pool.answer(1, BackendIndex(n % 3), if n % 3 == 0 { 500 } else { 1 }, 10, at(0));
+        }
+        let chosen: Vec<u32> = (0..50).filter_map(|_| Some(pool.choose(1, at(5), |_| true)?.0.0)).collect();
+        assert!(chosen.len() == 50 && pool.occupancy() >= 2, "{} left", pool.occupancy());
+        assert!(chosen.iter().all(|index| *index != 0), "{chosen:?}");
     }
 
     #[test]

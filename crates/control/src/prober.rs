@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use allocation::{BackendIndex, SharedProbePool, Timestamp};
+use allocation::{AllocationTable, BackendIndex, SharedProbePool, Timestamp};
 use api::v1::{ProbeRequest, ProbeResponse};
 use prost::Message;
 use registry::ProbeTargets;
@@ -141,9 +141,12 @@ impl Probed {
 
     /// Flows opened since the last look.
     fn flows(&mut self, shared: &Shared, now: Timestamp) -> u64 {
-        let stale = now.since(self.targets_at) >= TARGETS_EVERY || self.targets.addresses.is_empty();
+        let table = shared.pools[self.place].publishers[0].current();
+        // Answers about former members are of no use: who has joined or left is known at once.
+        let stale =
+            now.since(self.targets_at) >= TARGETS_EVERY || table.members().epoch() != self.targets.epoch;
         let Some(targets) = stale.then(|| shared.registry.probe_targets(self.place)).flatten() else {
-            return self.recount(shared);
+            return self.recount(&table);
         };
         (self.targets, self.targets_at) = (targets, now);
         let flows = self.targets.flows_opened.saturating_sub(self.opened);
@@ -151,8 +154,7 @@ impl Probed {
         flows
     }
 
-    fn recount(&mut self, shared: &Shared) -> u64 {
-        let table = shared.pools[self.place].publishers[0].current();
+    fn recount(&mut self, table: &AllocationTable) -> u64 {
         let opened: u64 = table.members().backends().iter().map(|backend| backend.live.flows_opened()).sum();
         let flows = opened.saturating_sub(self.opened);
         self.opened = opened;
