@@ -612,7 +612,9 @@ fn probes(balancer: &Balancer, result: &str) -> f64 {
 #[test]
 fn prequal_avoids_who_has_much_in_flight() {
     let pool = "policy = \"prequal\"".to_owned();
-    let balancer = Balancer::start(BalancerConfig { pool, ..Default::default() });
+    // Stands before the pool that probes, so that the two places of that one differ.
+    let dataplane = "[[pool]]\nname = \"unprobed\"".to_owned();
+    let balancer = Balancer::start(BalancerConfig { pool, dataplane, ..Default::default() });
     let services = services(["hot", "b", "c"]);
     let _agents = probed(&balancer, &services, &[500, 1, 1], &["", "", ""]);
     let before = probes(&balancer, "answered");

@@ -88,7 +88,10 @@ fn take_answer(
     let now = shared.clock.now();
     let Some(probe) = on_their_way.take(answer.nonce, from) else { return };
     shared.metrics.probe_answered();
-    let Some(pool) = pools.get(probe.pool).filter(|_| answer.ready) else { return };
+    // `probe.pool` counts all pools, `pools` holds only those that probe.
+    let Some(pool) = pools.iter().find(|pool| pool.place == probe.pool).filter(|_| answer.ready) else {
+        return;
+    };
     let took = u32::try_from(now.since(probe.sent).as_micros()).unwrap_or(u32::MAX);
     // Where the resource does not know how long it takes, the way there and back has to do.
     let latency = if answer.latency_micros == 0 { took } else { answer.latency_micros };
