@@ -870,9 +870,9 @@ mod tests {
     #[test]
     fn least_cost_gets_the_flow_where_there_is_work() {
         for policy in [Policy::Adaptive, Policy::LeastConnections] {
-            // Costs: 2 / 1, 2 / 4, 1 / 1: the second has one flow open and is the best all the same.
+            // Costs: 2 / 1, 3 / 4, 1 / 1: the second has two flows open and is the best all the same.
             let table = table(policy, &[1.0, 4.0, 1.0]);
-            let _held: Vec<_> = [0, 1].map(|n| table.backend(BackendIndex(n)).live.open_flow()).into();
+            let _held: Vec<_> = [0, 1, 1].map(|n| table.backend(BackendIndex(n)).live.open_flow()).into();
             assert_shares(&shares(&table, 1_000, false), &[0.0, 1.0, 0.0]);
         }
     }

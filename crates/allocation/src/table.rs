@@ -427,9 +427,11 @@ impl AllocationTable {
         (open as f32 * self.balancers * step, step)
     }
 
-    /// Whether so many of our flows open on `backends` of them are as good as none: together fewer than one for each four.
+    /// Whether so few of our flows are open on `backends` of them that a cost says little: fewer than one for each. Cost is
+    /// then hardly more than 1 / weight, and the least of it would go to the largest weight alone. Who is thought a little
+    /// slower would get nothing to show the contrary with, and be thought slower for that.
     pub(crate) fn is_idle(&self, open: u32, backends: usize) -> bool {
-        open as f32 * self.balancers * 4.0 < backends as f32
+        (open as f32 * self.balancers) < backends as f32
     }
 
     /// What selection compares, with so many flows open on the backend: for policies that count flows, those it would have at

@@ -38,6 +38,8 @@ enum Load {
     Short(u64),
     /// So many flows at all times, each as long (in seconds, on average) as this.
     Held(usize, u64),
+    /// So many clients that open a flow, hold it for so many milliseconds on average, and rest for as many on average.
+    Clients(usize, u64, u64),
 }
 
 /// One second of a run, by host.
@@ -56,6 +58,8 @@ struct World {
     random: RefCell<u64>,
     /// Open flows: host, end.
     flows: Vec<(usize, u64, OpenFlow)>,
+    /// When each client that rests opens its next one.
+    resting: Vec<u64>,
     opened_in_second: Vec<u64>,
     opened_since_report: Vec<u64>,
     reported_at: Vec<u64>,
@@ -84,6 +88,7 @@ impl World {
             selector: Selector::new(seed),
             random: RefCell::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1),
             flows: Vec::new(),
+            resting: Vec::new(),
             opened_in_second: vec![0; count],
             opened_since_report: vec![0; count],
             reported_at: vec![0; count],
@@ -139,6 +144,19 @@ impl World {
                     self.open(now, now + 1 + lasts as u64);
                 }
             }
+            Load::Clients(count, holds, rests) => {
+                let around = |mean: u64, unit: f64| (mean as f64 * 2.0 * unit) as u64;
+                while self.flows.len() + self.resting.len() < count {
+                    let until = now + around(rests, self.unit());
+                    self.resting.push(until);
+                }
+                let resting = self.resting.len();
+                self.resting.retain(|until| *until > now);
+                for _ in self.resting.len()..resting {
+                    let lasts = around(holds, self.unit());
+                    self.open(now, now + 1 + lasts);
+                }
+            }
         }
     }
 
@@ -160,7 +178,7 @@ impl World {
         let host = self.hosts[index];
         let interval = (now - self.reported_at[index]) as f64 / 1000.0;
         let flows = match load {
-            Load::Short(_) => self.opened_since_report[index] as f64 / interval,
+            Load::Short(_) | Load::Clients(..) => self.opened_since_report[index] as f64 / interval,
             Load::Held(..) => self.flows.iter().filter(|(host, ..)| *host == index).count() as f64,
         };
         self.opened_since_report[index] = 0;
@@ -259,6 +277,22 @@ fn a_busy_host_gets_fewer_long_flows_and_gets_them_back() {
     let hosts = [idle.burning(0.75, 30, 60), idle, idle];
     assert_falls_and_comes_back("ten seconds each", &hosts, Load::Held(30, 10));
     assert_falls_and_comes_back("for ever", &hosts, Load::Held(30, 100_000));
+}
+
+#[test]
+fn a_host_whose_utilization_its_flows_hardly_move_gets_them_back() {
+    // All say the same whatever they get, and a few clients keep the pool neither idle nor busy. What a host was given while
+    // it was busy must not be taken for what it can do: a host that got half of its peers' flows did so for ever. (From
+    // 35 % on it is what it can do, as far as anyone can tell.)
+    for (base, least) in [(0.1, 0.85), (0.2, 0.85), (0.25, 0.6), (0.3, 0.5)] {
+        let idle = Host::new(base, 0.0);
+        let hosts = [idle.burning(0.75, 30, 60), idle, idle];
+        for seed in 1..=5 {
+            let history = World::run(&hosts, Load::Clients(4, 8, 15), 120, seed);
+            let opened = mean(&history[85..], |s| 2.0 * s.opened[0] / (s.opened[1] + s.opened[2]));
+            assert!(opened > least, "at {base}, seed {seed}: {opened} of its peers' flows after");
+        }
+    }
 }
 
 #[test]
