@@ -124,6 +124,12 @@ impl ProcessTree {
         Ok(sum)
     }
 
+    /// Open descriptors now.
+    pub fn descriptors(&self) -> io::Result<usize> {
+        let count = |pid: &i32| fs::read_dir(format!("/proc/{pid}/fd")).map(Iterator::count);
+        self.pids.iter().map(count).sum()
+    }
+
     fn kill(&mut self) {
         // Found again: a master may have replaced its worker.
         if self.find_descendants().is_err() {

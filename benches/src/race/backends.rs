@@ -406,7 +406,12 @@ impl Reporter {
         };
         let report_interval = REPORT_INTERVAL.try_into().ok();
         client
-            .register(RegisterRequest { resource: Some(resource), incarnation: INCARNATION, report_interval })
+            .register(RegisterRequest {
+                resource: Some(resource),
+                incarnation: INCARNATION,
+                report_interval,
+                ..RegisterRequest::default()
+            })
             .await?;
         let (requests, receiver) = mpsc::channel(4);
         let answers = client.report(ReceiverStream::new(receiver)).await?.into_inner();

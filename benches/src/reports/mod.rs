@@ -2,10 +2,12 @@
 //!
 //! ```text
 //! rate     report streams (this process)   --gRPC-->  trimtab serve, alone on a processor     schedstat, /metrics
+//! steady   report streams, one a connection   --gRPC-->  trimtab serve with a store    schedstat, smaps, /metrics
 //! visible  report streams (this process)   --gRPC-->  control (in this process) -> Publisher  polled for the change
 //! ```
 
 mod rate;
+mod steady;
 mod streams;
 mod visible;
 
@@ -41,6 +43,10 @@ pub struct ReportsArguments {
     /// Measure the time until a report is visible alone
     #[arg(long)]
     visible: bool,
+    /// Instead, let the resources report once a second for so many seconds, each over a connection of its own, to a balancer
+    /// with a store; a line a minute
+    #[arg(long, value_name = "SECONDS", conflicts_with_all = ["rate", "visible"])]
+    steady: Option<u64>,
     /// Processor for the balancer
     #[arg(long, default_value_t = 1)]
     proxy_cpu: usize,
@@ -57,6 +63,7 @@ pub struct ReportsArguments {
 pub struct Report {
     rates: Vec<rate::Rate>,
     visible: Vec<visible::Visible>,
+    steady: Vec<steady::Steady>,
 }
 
 /// Measures; `say` gets a line for each step.
@@ -77,7 +84,15 @@ pub fn run(arguments: &ReportsArguments, say: &mut dyn FnMut(&str)) -> anyhow::R
     process::kill_all_on_signal().context("handling signals")?;
     process::raise_descriptor_limit().context("raising the limit of open files")?;
     process::pin_to(load_cpu).with_context(|| format!("running on processor {load_cpu} (--load-cpu)"))?;
-    let mut report = Report { rates: Vec::new(), visible: Vec::new() };
+    let mut report = Report { rates: Vec::new(), visible: Vec::new(), steady: Vec::new() };
+    if let Some(seconds) = arguments.steady {
+        for &resources in &arguments.resources {
+            let steady = steady::measure(resources, seconds, proxy_cpu, say)
+                .with_context(|| format!("{resources} resources that report once a second"))?;
+            report.steady.push(steady);
+        }
+        return Ok(report);
+    }
     for &resources in &arguments.resources {
         for content in streams::Content::ALL.into_iter().filter(|_| !arguments.visible) {
             let rate = rate::measure(resources, content, seconds, proxy_cpu)
@@ -128,6 +143,9 @@ impl Report {
                 rate.per_processor(),
                 verdict(rate.per_processor() >= RATE_GOAL)
             )?;
+        }
+        for steady in &self.steady {
+            steady.write(text)?;
         }
         if !self.visible.is_empty() {
             writeln!(

@@ -79,10 +79,21 @@ pub(super) fn measure(resources: usize, content: Content, seconds: f64, cpu: usi
 }
 
 fn serve(folder: &Path, control: SocketAddr, http: SocketAddr, cpu: usize) -> anyhow::Result<ProcessTree> {
+    serve_with(folder, control, http, cpu, "")
+}
+
+/// `trimtab serve` on processor `cpu`, with more in its configuration.
+pub(super) fn serve_with(
+    folder: &Path,
+    control: SocketAddr,
+    http: SocketAddr,
+    cpu: usize,
+    more: &str,
+) -> anyhow::Result<ProcessTree> {
     let listen = peer::free_address()?;
     let file = folder.join("trimtab.toml");
     let text = format!(
-        "[control]\nlisten = \"{control}\"\n[http]\nlisten = \"{http}\"\n[dataplane]\nworkers = 1\n\
+        "{more}[control]\nlisten = \"{control}\"\n[http]\nlisten = \"{http}\"\n[dataplane]\nworkers = 1\n\
          [[pool]]\nname = \"{POOL}\"\n[[listener]]\nbind = \"tcp://{listen}\"\npool = \"{POOL}\"\n"
     );
     fs::write(&file, text)?;

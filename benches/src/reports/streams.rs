@@ -117,10 +117,21 @@ pub(super) async fn open(
     content: Content,
     interval: Duration,
 ) -> anyhow::Result<Vec<Stream>> {
+    open_over(control, ids, content, interval, STREAMS_PER_CONNECTION).await
+}
+
+/// The same with so many streams in each connection; 1 is as agents do it.
+pub(super) async fn open_over(
+    control: SocketAddr,
+    ids: std::ops::Range<usize>,
+    content: Content,
+    interval: Duration,
+    streams_per_connection: usize,
+) -> anyhow::Result<Vec<Stream>> {
     let at_once = Arc::new(Semaphore::new(OPENED_AT_ONCE));
     let mut opening = JoinSet::new();
     let all: Vec<usize> = ids.collect();
-    for chunk in all.chunks(STREAMS_PER_CONNECTION) {
+    for chunk in all.chunks(streams_per_connection) {
         let channel = Endpoint::from_shared(format!("http://{control}"))?.connect().await?;
         let client = RegistrationServiceClient::new(channel);
         for &number in chunk {
@@ -157,7 +168,12 @@ async fn open_one(
     };
     let report_interval = interval.try_into().ok();
     client
-        .register(RegisterRequest { resource: Some(resource), incarnation: INCARNATION, report_interval })
+        .register(RegisterRequest {
+            resource: Some(resource),
+            incarnation: INCARNATION,
+            report_interval,
+            ..RegisterRequest::default()
+        })
         .await?;
     let (requests, receiver) = mpsc::channel(4);
     let answers = client.report(ReceiverStream::new(receiver)).await?.into_inner();

@@ -132,6 +132,8 @@ fn serve(
         dataplane: Arc::new(Silent),
         origin: Instant::now(),
         limits: Limits { resources_max: 100_000, ..Limits::default() },
+        alternatives: Vec::new(),
+        maintenance: Vec::new(),
         decision_log: None,
     };
     runtime.block_on(async {
