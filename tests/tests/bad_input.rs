@@ -154,7 +154,7 @@ fn an_agent_says_what_is_wrong_with_it() {
 fn registration(id: &str, address: &str) -> RegisterRequest {
     let resource =
         Resource { id: id.into(), pool: e2e::POOL.into(), address: address.into(), ..Resource::default() };
-    RegisterRequest { resource: Some(resource), incarnation: 1, report_interval: None }
+    RegisterRequest { resource: Some(resource), incarnation: 1, ..RegisterRequest::default() }
 }
 
 fn report(id: &str, sequence: u64, cpu: f64) -> ReportRequest {

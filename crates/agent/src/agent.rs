@@ -27,6 +27,7 @@ use crate::file::UtilizationFile;
 use crate::life::Life;
 use crate::probe;
 use crate::service::{self, ConnectTime, Service};
+use crate::supply;
 
 /// Longest time between two checks of the service, under long report intervals.
 const CHECK_INTERVAL_MAX: Duration = Duration::from_secs(5);
@@ -180,6 +181,9 @@ fn unless_panicked(ended: Result<Result<(), AgentError>, tokio::task::JoinError>
 
 async fn check_service(common: &Common, found: watch::Sender<Service>) -> Result<Infallible, AgentError> {
     let config = &common.config;
+    if let Some(supply) = &config.supply {
+        return Ok(supply::follow(supply.clone(), &common.file, found).await);
+    }
     let ServiceCheck::Tcp { timeout: patience } = config.check else {
         found.send_replace(Service::Answers);
         return std::future::pending().await;

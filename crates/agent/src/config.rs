@@ -6,8 +6,10 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use api::v1;
+use tokio::sync::watch;
 use tonic::transport::Uri;
 
+use crate::supply::Supplied;
 use crate::utilization::{NoSuchCgroup, Roots, Source};
 
 /// Where a URL without a port leads.
@@ -27,6 +29,9 @@ pub struct AgentConfig {
     pub report_interval: Duration,
     /// What is measured.
     pub source: Source,
+    /// In place of what is measured and checked: what is told of the resource. [`AgentConfig::source`], [`AgentConfig::check`]
+    /// and the utilization file count for nothing then.
+    pub supply: Option<watch::Receiver<Supplied>>,
     /// Where the kernel's files are.
     pub roots: Roots,
     /// A JSON file whose values stand above the measured ones (see [`crate::utilization::Override`]); read at each
@@ -91,6 +96,7 @@ impl AgentConfig {
             incarnation: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
             report_interval: Duration::from_secs(1),
             source: Source::Host,
+            supply: None,
             roots: Roots::default(),
             utilization_file: None,
             bandwidth_capacity_bps: None,

@@ -81,6 +81,17 @@ impl UtilizationFile {
         }
     }
 
+    /// Labels that are told, in place of the configuration's and a file's.
+    pub(crate) fn supply_labels(&self, labels: &HashMap<String, String>) {
+        self.reported.send_if_modified(|reported| {
+            let changed = reported.as_ref().is_none_or(|reported| reported.entries != *labels);
+            if changed {
+                *reported = Some(Labels { entries: labels.clone() });
+            }
+            changed
+        });
+    }
+
     fn note_labels(&self, read: &Override) -> Result<(), OverrideError> {
         let mut all = self.labels.clone();
         all.extend(read.labels.iter().flatten().map(|(key, value)| (key.clone(), value.clone())));

@@ -30,8 +30,10 @@ mod probe;
 mod said;
 mod service;
 mod session;
+mod supply;
 pub mod utilization;
 
 pub use crate::agent::{Agent, AgentState, run};
 pub use crate::config::{AgentConfig, AgentError, Retry, ServiceCheck};
+pub use crate::supply::Supplied;
 pub use crate::utilization::{Roots, Source};

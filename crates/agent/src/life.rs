@@ -107,7 +107,7 @@ impl Life {
             }
             let pause = match ended {
                 Ended::Refused(_) => backoff.steady(retry.refused),
-                Ended::NotRegistered | Ended::Lost(_) => backoff.pause(),
+                Ended::NotRegistered | Ended::Amended | Ended::Lost(_) => backoff.pause(),
             };
             let why = self.log(ended);
             self.set_state(AgentState::Waiting { why, pause });
@@ -136,10 +136,11 @@ impl Life {
         };
         self.client = Some(client.clone());
         self.may_be_registered = true;
-        if let Err(ended) = session::register(&mut client, &self.common).await {
-            return (ended, false);
-        }
-        Session::report(&mut client, &self.common, self.index, meter, &mut self.service).await
+        let version = match session::register(&mut client, &self.common).await {
+            Ok(version) => version,
+            Err(ended) => return (ended, false),
+        };
+        Session::report(&mut client, &self.common, self.index, version, meter, &mut self.service).await
     }
 
     /// Says what ended a session: each message once until reports are answered again.
@@ -150,6 +151,7 @@ impl Life {
                 info!(%balancer, "not registered there any more: registering again");
                 "not registered any more".into()
             }
+            Ended::Amended => "another version".into(),
             Ended::Refused(why) => {
                 if self.troubles.is_new(&why) {
                     error!(%balancer, why, "the balancer refuses this resource; trying again now and then");

@@ -51,6 +51,8 @@ pub(crate) enum Ended {
     NotRegistered,
     /// The balancer answered and said no; an operator has to change something, there or here.
     Refused(String),
+    /// The resource's version is another now, which only a registration says.
+    Amended,
     /// The connection could not be made, or broke, or fell silent.
     Lost(String),
 }
@@ -71,17 +73,26 @@ pub(crate) async fn connect(balancer: &Uri) -> Result<Client, Ended> {
 }
 
 /// Registers, with the labels of this moment.
-pub(crate) async fn register(client: &mut Client, common: &Common) -> Result<(), Ended> {
+/// Gives the version that it was registered with.
+pub(crate) async fn register(client: &mut Client, common: &Common) -> Result<String, Ended> {
     let config = &common.config;
     let mut resource = config.resource.clone();
     common.file.read();
     if let Some(labels) = common.file.labels().borrow().clone() {
         resource.labels = labels.entries;
     }
+    let mut beneath = Vec::new();
+    if let Some(supply) = &config.supply {
+        let now = supply.borrow();
+        resource.version.clone_from(&now.version);
+        beneath.clone_from(&now.beneath);
+    }
+    let version = resource.version.clone();
     let request = v1::RegisterRequest {
         resource: Some(resource),
         incarnation: config.incarnation,
         report_interval: prost_types::Duration::try_from(config.report_interval).ok(),
+        beneath,
     };
     let response = match timeout(CALL_PATIENCE, client.register(request)).await {
         Ok(response) => response.map_err(|status| match meaning(&status) {
@@ -95,7 +106,7 @@ pub(crate) async fn register(client: &mut Client, common: &Common) -> Result<(),
     let lease_s = response.lease.and_then(|lease| Duration::try_from(lease).ok()).map(|l| l.as_secs_f64());
     let (balancer, created) = (response.balancer_id, response.created);
     info!(id = config.resource.id, pool = config.resource.pool, balancer, lease_s, created, "registered");
-    Ok(())
+    Ok(version)
 }
 
 /// Reports until the stream ends.
@@ -104,6 +115,8 @@ pub(crate) struct Session<'a> {
     /// Which of the configuration's balancers hears it.
     balancer: usize,
     meter: &'a mut Meter,
+    /// As it was registered.
+    version: String,
     service: &'a mut watch::Receiver<Service>,
     labels: watch::Receiver<Option<Labels>>,
     outgoing: mpsc::Sender<ReportRequest>,
@@ -124,6 +137,7 @@ impl<'a> Session<'a> {
         client: &mut Client,
         common: &'a Common,
         balancer: usize,
+        version: String,
         meter: &'a mut Meter,
         service: &'a mut watch::Receiver<Service>,
     ) -> (Ended, bool) {
@@ -133,6 +147,7 @@ impl<'a> Session<'a> {
             common,
             balancer,
             meter,
+            version,
             service,
             labels: common.file.labels(),
             outgoing,
@@ -155,8 +170,12 @@ impl<'a> Session<'a> {
     }
 
     async fn converse(&mut self, mut incoming: Streaming<ReportResponse>) -> Ended {
+        let supply = self.common.config.supply.as_ref();
         let patience = (self.common.config.report_interval * SILENCE_INTERVALS).max(SILENCE_MIN);
         loop {
+            if supply.is_some_and(|supply| supply.borrow().version != self.version) {
+                return Ended::Amended;
+            }
             tokio::select! {
                 message = incoming.message() => match message {
                     Ok(Some(response)) => self.hear(response),
@@ -185,14 +204,23 @@ impl<'a> Session<'a> {
         self.sequence += 1;
         // The labels are what this reading says: it comes first.
         let over = self.common.file.read();
+        let (utilization, beneath) = match &self.common.config.supply {
+            Some(supply) => {
+                let now = supply.borrow();
+                (now.utilization.clone(), now.beneath.clone())
+            }
+            None => (self.meter.report(now.into_std(), &over), Vec::new()),
+        };
         let report = ReportRequest {
             id: self.common.config.resource.id.clone(),
             incarnation: self.common.config.incarnation,
             sequence: self.sequence,
             readiness: readiness.into(),
-            utilization: Some(self.meter.report(now.into_std(), &over)),
+            utilization: Some(utilization),
             balancers: self.common.balancers_now(self.balancer),
             labels: self.labels.borrow_and_update().clone(),
+            notices_taken: Vec::new(),
+            beneath,
         };
         if self.outgoing.try_send(report).is_err() {
             debug!(sequence = self.sequence, "the connection takes no report; this one is left out");

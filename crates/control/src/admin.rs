@@ -9,6 +9,8 @@ use registry::{PoolStatus, ResourceState, ShareError, SplitBy, UnknownPool, Unkn
 use tonic::{Request, Response, Status};
 
 use crate::explain;
+use crate::notices::NoticeError;
+use crate::notices::book::BookError;
 use crate::parse::{self, MessageError};
 use crate::registration::invalid;
 use crate::{Pool, Shared};
@@ -30,6 +32,20 @@ impl Admin {
         self.shared.changed.notify_one();
         tracing::info!(resource = %id, drained, flows_open, "an operator changed whether it gets new flows");
         Ok(flows_open)
+    }
+
+    /// A notice to somebody who is not there would be kept for nobody: most likely a slip of the keyboard.
+    fn check_target(&self, resource: &str, pool: &str) -> Result<(), Status> {
+        let registry = &self.shared.registry;
+        if !resource.is_empty() {
+            let id = parse::resource_id(resource).map_err(invalid)?;
+            registry.pool_of(&id).ok_or_else(|| Status::not_found(UnknownResource(id).to_string()))?;
+        }
+        if !pool.is_empty() {
+            let name = parse::pool_name(pool).map_err(invalid)?;
+            registry.resources(Some(&name), self.shared.clock.now()).map_err(unknown_pool)?;
+        }
+        Ok(())
     }
 }
 
@@ -142,10 +158,55 @@ impl AdminService for Admin {
         tracing::info!(pool = %name, version, share, "an operator set a version's share of new flows");
         Ok(Response::new(v1::SetVersionShareResponse {}))
     }
+
+    async fn notify(
+        &self,
+        request: Request<v1::NotifyRequest>,
+    ) -> Result<Response<v1::NotifyResponse>, Status> {
+        let shared = &self.shared;
+        let request = request.into_inner();
+        self.check_target(&request.resource, &request.pool)?;
+        let (id, target) = shared.notices.ask(request).map_err(notice_refused)?;
+        let resources = shared.registry.names();
+        let meant = resources.iter().filter(|(id, pool)| target.is(id, pool)).count();
+        Ok(Response::new(v1::NotifyResponse { id, resources: u32::try_from(meant).unwrap_or(u32::MAX) }))
+    }
+
+    async fn list_notices(
+        &self,
+        request: Request<v1::ListNoticesRequest>,
+    ) -> Result<Response<v1::ListNoticesResponse>, Status> {
+        let v1::ListNoticesRequest {} = request.into_inner();
+        Ok(Response::new(v1::ListNoticesResponse { notices: self.shared.notices.list(&self.shared) }))
+    }
+
+    async fn withdraw_notice(
+        &self,
+        request: Request<v1::WithdrawNoticeRequest>,
+    ) -> Result<Response<v1::WithdrawNoticeResponse>, Status> {
+        self.shared.notices.withdraw(&request.into_inner().id).map_err(book_refused)?;
+        Ok(Response::new(v1::WithdrawNoticeResponse {}))
+    }
 }
 
 pub(crate) fn unknown_pool(error: UnknownPool) -> Status {
     Status::not_found(error.to_string())
+}
+
+fn notice_refused(error: NoticeError) -> Status {
+    match error {
+        NoticeError::Book(error) => book_refused(error),
+        error => Status::invalid_argument(error.to_string()),
+    }
+}
+
+fn book_refused(error: BookError) -> Status {
+    let message = error.to_string();
+    match error {
+        BookError::Full => Status::resource_exhausted(message),
+        BookError::Unknown(_) => Status::not_found(message),
+        BookError::Over(_) => Status::failed_precondition(message),
+    }
 }
 
 fn wire_pool(status: &PoolStatus, pools: &[Pool]) -> v1::PoolStatus {

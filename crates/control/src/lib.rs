@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod beneath;
 mod clock;
 mod decision_log;
 mod explain;
@@ -21,6 +22,8 @@ mod grpc;
 mod guarded;
 mod http;
 mod metrics;
+mod notices;
+mod offers;
 mod parse;
 mod prober;
 mod registration;
@@ -34,10 +37,16 @@ use allocation::Publisher;
 use allocation::telemetry::DataplaneView;
 use registry::{ConfigError, Limits, PoolConfig, Registry};
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, oneshot, watch};
 
+use crate::beneath::Beneath;
 use crate::clock::Clock;
 use crate::metrics::Metrics;
+use crate::notices::Notices;
+
+pub use crate::notices::is_control_address;
+pub use crate::notices::maintenance::{Maintenance, Schedule, ScheduleError};
+pub use crate::offers::Offers;
 
 /// Where the process is in its life. One for all of it: whoever changes it tells everyone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -104,6 +113,10 @@ pub struct ControlConfig {
     pub origin: Instant,
     /// Bounds of what is kept of resources.
     pub limits: Limits,
+    /// Control addresses of the balancers that stand in for this one, where a notice names none.
+    pub alternatives: Vec<String>,
+    /// Unavailability that comes by schedule.
+    pub maintenance: Vec<Maintenance>,
     /// Where the sample of selections goes that the dataplane takes; `None`: nowhere.
     pub decision_log: Option<DecisionLog>,
 }
@@ -178,6 +191,8 @@ struct Shared {
     /// Something changed that a table may follow from.
     changed: Notify,
     metrics: Metrics,
+    notices: Notices,
+    beneath: Beneath,
     dataplane: Arc<dyn DataplaneView>,
     phase: watch::Receiver<Phase>,
 }
@@ -191,6 +206,7 @@ pub struct Control {
     grpc_address: SocketAddr,
     http_address: SocketAddr,
     decision_log: Option<decision_log::Writer>,
+    offers: Option<oneshot::Sender<Offers>>,
 }
 
 impl std::fmt::Debug for Control {
@@ -221,7 +237,7 @@ impl Control {
         let decision_log = config.decision_log.clone().map(decision_log::Writer::open).transpose()?;
         let (grpc, grpc_address) = bind("control.listen", config.listen).await?;
         let (http, http_address) = bind("http.listen", config.http).await?;
-        Ok(Self { config, registry, grpc, http, grpc_address, http_address, decision_log })
+        Ok(Self { config, registry, grpc, http, grpc_address, http_address, decision_log, offers: None })
     }
 
     /// Where gRPC is served, with the port that was really bound.
@@ -234,17 +250,27 @@ impl Control {
         self.http_address
     }
 
+    /// What the pools offer, from when it runs.
+    pub fn offers(&mut self) -> oneshot::Receiver<Offers> {
+        let (sender, receiver) = oneshot::channel();
+        self.offers = Some(sender);
+        receiver
+    }
+
     /// Serves until the phase is [`Phase::Terminated`], or nobody is left to change it.
     ///
     /// # Errors
     /// See [`RunError`].
     pub async fn run(self, phase: watch::Receiver<Phase>) -> Result<(), RunError> {
         let config = self.config;
+        let clock = Clock::new(config.origin);
         let shared = Arc::new(Shared {
             registry: self.registry,
-            clock: Clock::new(config.origin),
+            clock,
+            notices: Notices::new(&config.balancer_id, config.alternatives, clock),
             pools: config.pools,
             selector: std::sync::Mutex::new(allocation::Selector::new(0)),
+            beneath: Beneath::default(),
             balancer_id: config.balancer_id,
             changed: Notify::new(),
             metrics: Metrics::new(&config.version),
@@ -252,16 +278,27 @@ impl Control {
             phase: phase.clone(),
         });
         tick::start(Arc::clone(&shared))?;
+        if let Some(offers) = self.offers {
+            // Who asked may have gone.
+            let _ = offers.send(Offers::new(Arc::clone(&shared)));
+        }
         let http = tokio::spawn(http::serve(self.http, Arc::clone(&shared)));
+        let leave = tokio::spawn(tell_of_leave(Arc::clone(&shared)));
+        let maintenance = tokio::spawn(notices::maintenance::run(Arc::clone(&shared), config.maintenance));
         let prober = tokio::spawn(prober::run(Arc::clone(&shared)));
         let log =
             self.decision_log.map(|writer| tokio::spawn(decision_log::run(writer, Arc::clone(&shared))));
         let served = grpc::serve(self.grpc, shared).await;
-        for task in [http, prober].into_iter().chain(log) {
+        for task in [http, prober, leave, maintenance].into_iter().chain(log) {
             task.abort();
         }
         served
     }
+}
+
+async fn tell_of_leave(shared: Arc<Shared>) {
+    reached(shared.phase.clone(), Phase::Draining).await;
+    shared.notices.leave();
 }
 
 async fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {

@@ -41,6 +41,10 @@ struct Counters {
     version_aborts: Counter,
     probes_sent: Counter,
     probes_answered: Counter,
+    notices_taken: Counter,
+    notices_failed: Counter,
+    notices_posted: Counter,
+    notice_posts_failed: Counter,
     decisions_logged: Counter,
     decisions_lost: Counter,
 }
@@ -56,6 +60,10 @@ impl Counters {
             version_aborts: counter!("trimtab_version_aborts_total"),
             probes_sent: counter!("trimtab_probes_total", "result" => "sent"),
             probes_answered: counter!("trimtab_probes_total", "result" => "answered"),
+            notices_taken: counter!("trimtab_notices_total", "way" => "stream", "result" => "taken"),
+            notices_failed: counter!("trimtab_notices_total", "way" => "stream", "result" => "failed"),
+            notices_posted: counter!("trimtab_notices_total", "way" => "webhook", "result" => "taken"),
+            notice_posts_failed: counter!("trimtab_notices_total", "way" => "webhook", "result" => "failed"),
             decisions_logged: counter!("trimtab_decisions_logged_total", "result" => "written"),
             decisions_lost: counter!("trimtab_decisions_logged_total", "result" => "lost"),
         }
@@ -83,6 +91,17 @@ impl Metrics {
 
     pub(crate) fn probe_answered(&self) {
         self.counters.probes_answered.increment(1);
+    }
+
+    pub(crate) fn notices_taken(&self, taken: u64, failed: u64) {
+        self.counters.notices_taken.increment(taken);
+        self.counters.notices_failed.increment(failed);
+    }
+
+    #[expect(dead_code, reason = "what is posted has no way yet")]
+    pub(crate) fn notice_posted(&self, taken: bool) {
+        let Counters { notices_posted, notice_posts_failed, .. } = &self.counters;
+        if taken { notices_posted } else { notice_posts_failed }.increment(1);
     }
 
     pub(crate) fn decisions_logged(&self, count: u64) {
@@ -119,6 +138,7 @@ impl Metrics {
             let (bytes, refused) = shared.registry.history_usage();
             gauge!("trimtab_history_bytes").set(bytes as f64);
             counter!("trimtab_history_samples_dropped_total").absolute(refused);
+            gauge!("trimtab_notices_not_taken").set(shared.notices.not_taken(shared) as f64);
         });
         let mut text = Text::default();
         write_versions(&mut text, shared, now);
@@ -136,6 +156,14 @@ fn describe() {
     describe_counter!(
         "trimtab_reports_total",
         "Reports of resources, by where they came from and what became of them."
+    );
+    describe_counter!(
+        "trimtab_notices_total",
+        "Notices that a resource was told and acted on, or could not act on, by the way it was told."
+    );
+    describe_gauge!(
+        "trimtab_notices_not_taken",
+        "Notices that hold and that a resource has not taken, over all registered resources that they are for."
     );
     describe_counter!("trimtab_registrations_total", "Registrations made; renewals are not counted.");
     describe_counter!("trimtab_leases_expired_total", "Registrations that ended because no report came.");

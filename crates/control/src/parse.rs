@@ -57,6 +57,7 @@ pub(crate) fn registration(request: v1::RegisterRequest) -> Result<Registration,
         weight: resource.weight,
         report_interval: interval.map_err(|_| MessageError::NegativeInterval)?,
         probe_address: resource.probe_address,
+        notify_url: resource.notify_url,
     };
     Ok(Registration::parse(raw)?)
 }
@@ -181,6 +182,7 @@ fn wire_resource(registration: &Registration, labels: &Labels) -> v1::Resource {
         flows_max: registration.flows_max(),
         weight: f64::from(registration.weight()),
         probe_address: registration.probe_address().map(|address| address.to_string()).unwrap_or_default(),
+        notify_url: registration.notify_url().unwrap_or_default().to_owned(),
     }
 }
 

@@ -1,8 +1,9 @@
 //! `RegistrationService`: resources join, report and leave.
 
+use std::collections::HashSet;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use allocation::{ResourceId, Timestamp};
 use api::v1;
@@ -15,6 +16,7 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::beneath::BeneathError;
 use crate::metrics::ReportResult;
 use crate::parse::{self, MessageError};
 use crate::{Phase, Shared, reached};
@@ -47,10 +49,13 @@ impl RegistrationService for Registrar {
         &self,
         request: Request<v1::RegisterRequest>,
     ) -> Result<Response<v1::RegisterResponse>, Status> {
-        let registration = parse::registration(request.into_inner()).map_err(invalid)?;
+        let mut request = request.into_inner();
+        let beneath = std::mem::take(&mut request.beneath);
+        let registration = parse::registration(request).map_err(invalid)?;
         let shared = &self.shared;
         let (id, pool, address) =
             (registration.id().clone(), registration.pool().clone(), registration.address());
+        shared.say_beneath(&id, beneath)?;
         let registered =
             shared.registry.register(registration, shared.clock.now()).map_err(register_refused)?;
         shared.changed.notify_one();
@@ -130,8 +135,10 @@ impl Reports<'_> {
         let id = parse::resource_id(&first.id).map_err(invalid)?;
         let incarnation = first.incarnation;
         let mut rate = Rate::new(self.shared.clock.now());
-        let mut phase = self.shared.phase.clone();
-        let mut told_of_leave = false;
+        let mut notices = self.shared.notices.changes();
+        // What holds already is told as well, once the resource is known to be registered.
+        notices.mark_changed();
+        let mut said = HashSet::new();
         let mut next = Some(first);
         loop {
             if let Some(request) = next.take() {
@@ -139,22 +146,30 @@ impl Reports<'_> {
                 let ack = self.take_report(&id, incarnation, request)?;
                 self.send(Event::Ack(ack)).await?;
             }
-            if !told_of_leave && *phase.borrow_and_update() >= Phase::Draining {
-                told_of_leave = true;
-                self.send(Event::Notice(leaving())).await?;
-            }
             tokio::select! {
                 // `message` may be dropped half-way: what has come stays in the stream.
                 message = self.requests.message() => match message? {
                     Some(request) => next = Some(request),
                     None => return Ok(()),
                 },
-                changed = phase.changed() => changed.map_err(|_| Status::unavailable("the balancer has ended"))?,
+                changed = notices.changed() => {
+                    changed.map_err(|_| Status::unavailable("the balancer has ended"))?;
+                    self.tell(&id, &mut said).await?;
+                }
                 () = tokio::time::sleep(CHECK_EVERY) => {
                     self.shared.registry.standing(&id, incarnation).map_err(report_refused)?;
                 }
             }
         }
+    }
+
+    /// Tells the resource what it has not been told on this stream.
+    async fn tell(&self, id: &ResourceId, said: &mut HashSet<String>) -> Result<(), Status> {
+        let Some(pool) = self.shared.registry.pool_of(id) else { return Ok(()) };
+        for notice in self.shared.notices.tell(id, &pool, said) {
+            self.send(Event::Notice(notice)).await?;
+        }
+        Ok(())
     }
 
     /// One report's ack.
@@ -165,7 +180,7 @@ impl Reports<'_> {
         &self,
         id: &ResourceId,
         incarnation: u64,
-        request: v1::ReportRequest,
+        mut request: v1::ReportRequest,
     ) -> Result<v1::Ack, Status> {
         let Shared { registry, metrics, clock, changed, .. } = self.shared;
         if request.id != id.as_str() || request.incarnation != incarnation {
@@ -175,6 +190,18 @@ impl Reports<'_> {
             )));
         }
         let sequence = request.sequence;
+        let beneath = std::mem::take(&mut request.beneath);
+        if !(beneath.is_empty() && self.shared.beneath.is_empty()) {
+            self.shared.say_beneath(id, beneath).inspect_err(|_| {
+                // It would get flows for as long as its lease lasts.
+                let _ = registry.deregister(id, incarnation);
+                changed.notify_one();
+            })?;
+        }
+        if !request.notices_taken.is_empty() {
+            let (taken, failed) = self.shared.notices.took(id, std::mem::take(&mut request.notices_taken));
+            metrics.notices_taken(taken, failed);
+        }
         match parse::report(id, request) {
             Ok(report) => {
                 let standing = registry.report(report, clock.now()).map_err(|error| {
@@ -197,15 +224,6 @@ impl Reports<'_> {
     async fn send(&self, event: Event) -> Result<(), Status> {
         let response = v1::ReportResponse { event: Some(event) };
         self.events.send(Ok(response)).await.map_err(|_| Status::cancelled("the resource hung up"))
-    }
-}
-
-fn leaving() -> v1::Notice {
-    v1::Notice {
-        kind: v1::notice::Kind::BalancerLeaving.into(),
-        at: Some(SystemTime::now().into()),
-        alternatives: Vec::new(),
-        reason: "the balancer stops: it takes no new flows, open ones may end".into(),
     }
 }
 
@@ -232,6 +250,16 @@ impl Rate {
         };
         self.left = left;
         Ok(())
+    }
+}
+
+impl Shared {
+    fn say_beneath(&self, id: &ResourceId, beneath: Vec<String>) -> Result<(), Status> {
+        let said = self.beneath.say(id, beneath, &self.balancer_id);
+        said.map_err(|error| match error {
+            BeneathError::Circle(_) => Status::failed_precondition(error.to_string()),
+            BeneathError::TooMany => Status::invalid_argument(error.to_string()),
+        })
     }
 }
 

@@ -13,6 +13,7 @@ pub(crate) const VERSION_BYTES_MAX: usize = 64;
 /// A registered weight further from 1 than this is a slip of the keyboard.
 const WEIGHT_MAX: f64 = 1000.0;
 const WEIGHT_MIN: f64 = 0.001;
+const NOTIFY_URL_BYTES_MAX: usize = 512;
 const INTERVAL_MIN: Duration = Duration::from_millis(100);
 const INTERVAL_MAX: Duration = Duration::from_secs(3600);
 const INTERVAL_DEFAULT: Duration = Duration::from_secs(1);
@@ -44,6 +45,8 @@ pub struct RawRegistration {
     pub report_interval: Option<Duration>,
     /// Where it answers probes: `ip:port` or `[ip6]:port`; empty: nowhere.
     pub probe_address: String,
+    /// Where notices are posted to: an `http` or `https` URL; empty: nowhere.
+    pub notify_url: String,
 }
 
 /// A resource's registration. It can only be had from [`Registration::parse`], so every bound holds.
@@ -59,6 +62,7 @@ pub struct Registration {
     weight: f32,
     report_interval: Duration,
     probe_address: Option<SocketAddr>,
+    notify_url: Option<Box<str>>,
 }
 
 /// Why a registration was refused. Always the fault of the resource that sent it (or of whoever configured it).
@@ -116,6 +120,9 @@ pub enum RegistrationError {
         /// Where it serves.
         address: SocketAddr,
     },
+    /// Notices cannot be posted there.
+    #[error("resource.notify_url is not an http:// or https:// URL of up to {NOTIFY_URL_BYTES_MAX} bytes")]
+    NotifyUrl,
     /// The interval is out of its bounds.
     #[error("report_interval is {0:?}; it takes {INTERVAL_MIN:?} to {INTERVAL_MAX:?}")]
     ReportInterval(Duration),
@@ -143,6 +150,7 @@ impl Registration {
             return Err(RegistrationError::ReportInterval(report_interval));
         }
         let probe_address = parse_probe_address(&raw.probe_address, address)?;
+        let notify_url = parse_notify_url(raw.notify_url)?;
         Ok(Self {
             id,
             pool,
@@ -154,6 +162,7 @@ impl Registration {
             weight: weight as f32,
             report_interval,
             probe_address,
+            notify_url,
         })
     }
 
@@ -207,6 +216,11 @@ impl Registration {
         self.probe_address
     }
 
+    /// Where notices are posted to, if anywhere.
+    pub fn notify_url(&self) -> Option<&str> {
+        self.notify_url.as_deref()
+    }
+
     /// How long it stays registered without a report.
     pub fn lease(&self) -> Duration {
         self.stale_after().max(LEASE_MIN)
@@ -216,6 +230,19 @@ impl Registration {
     pub fn stale_after(&self) -> Duration {
         self.report_interval * MISSED_MAX
     }
+}
+
+/// Only its form: who posts there checks where it leads.
+fn parse_notify_url(url: String) -> Result<Option<Box<str>>, RegistrationError> {
+    if url.is_empty() {
+        return Ok(None);
+    }
+    let host = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
+    let is_url = host.is_some_and(|host| !host.is_empty() && !host.starts_with('/'));
+    if url.len() > NOTIFY_URL_BYTES_MAX || !is_url || !url.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(RegistrationError::NotifyUrl);
+    }
+    Ok(Some(url.into()))
 }
 
 fn parse_probe_address(text: &str, address: SocketAddr) -> Result<Option<SocketAddr>, RegistrationError> {

@@ -579,6 +579,25 @@ impl Registry {
         (0..self.pools.len()).map(|index| self.lock(index).deadline()).min().unwrap_or(Timestamp::NEVER)
     }
 
+    /// Every resource and its pool, in no order.
+    pub fn names(&self) -> Vec<(ResourceId, PoolName)> {
+        let name = |entry: dashmap::mapref::multiple::RefMulti<'_, ResourceId, Entry>| {
+            (entry.key().clone(), entry.registration.pool().clone())
+        };
+        self.resources.iter().map(name).collect()
+    }
+
+    /// The pool of a resource, and where notices to it are posted, for each that has them posted.
+    pub fn notified(&self) -> Vec<Arc<Registration>> {
+        let posted = self.resources.iter().filter(|entry| entry.registration.notify_url().is_some());
+        posted.map(|entry| Arc::clone(&entry.registration)).collect()
+    }
+
+    /// The pool of a resource.
+    pub fn pool_of(&self, id: &ResourceId) -> Option<PoolName> {
+        self.resources.get(id).map(|entry| entry.registration.pool().clone())
+    }
+
     /// How many resources there are.
     pub fn len(&self) -> usize {
         self.resources.len()
@@ -736,12 +755,12 @@ impl Registry {
         (self.history_bytes.load(Relaxed), self.history_refused.load(Relaxed))
     }
 
-    fn index(&self, name: &PoolName) -> Result<usize, UnknownPool> {
+    pub(crate) fn index(&self, name: &PoolName) -> Result<usize, UnknownPool> {
         let unknown = || UnknownPool { pool: name.clone(), known: self.pool_names() };
         self.pools_by_name.get(name).copied().ok_or_else(unknown)
     }
 
-    fn lock(&self, index: usize) -> MutexGuard<'_, Pool> {
+    pub(crate) fn lock(&self, index: usize) -> MutexGuard<'_, Pool> {
         // A panic under the lock is a fault of ours; what is in the pool is still the best there is.
         self.pools[index].lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -929,7 +948,7 @@ fn candidate_scores(pool: &Pool, member: &Member, now: Timestamp) -> Vec<Candida
     states.map(score).collect()
 }
 
-fn left_out(pool: &Pool, entry: &Entry, table: usize, now: Timestamp) -> Option<LeftOut> {
+pub(crate) fn left_out(pool: &Pool, entry: &Entry, table: usize, now: Timestamp) -> Option<LeftOut> {
     let flows_max = pool.member(entry.slot).backend.flows_max;
     match pool.columns.left_out(entry.slot, table, now) {
         allocation::LeftOut::Draining => return Some(LeftOut::Draining),

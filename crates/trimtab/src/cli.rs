@@ -11,6 +11,8 @@ use crate::config::{Engine, above_zero, parse_policy, zero_disables};
 use crate::problem::Problem;
 use crate::units::{ListenAddress, parse_address, parse_bandwidth, parse_duration};
 
+pub mod notify;
+
 const EXAMPLES: &str = "\
 Try it:
   trimtab demo
@@ -73,6 +75,8 @@ pub enum Command {
     Drain(ResourceArgs),
     /// End a drain.
     Ready(ResourceArgs),
+    /// Tell resources something: that the balancer will be away, to shut down, to move connections away.
+    Notify(notify::NotifyArgs),
     /// Run a balancer, three services with agents and a gentle load on this machine; prints what to try.
     Demo(DemoArgs),
     /// One of the demo's services.
@@ -176,6 +180,12 @@ pub struct AgentArgs {
     /// the time is that of connecting there, unless it has latency_ms. Open the port to the balancers alone.
     #[arg(long, value_name = "IP:PORT", value_parser = parse_backend)]
     pub probe: Option<SocketAddr>,
+    /// Run this command (by /bin/sh) at each notice of a balancer, with the notice as JSON on its standard input; at most 30s.
+    #[arg(long, value_name = "COMMAND")]
+    pub on_notice: Option<String>,
+    /// Have notices posted to this URL as well, as CloudEvents 1.0 (structured JSON).
+    #[arg(long, value_name = "URL", default_value = "", hide_default_value = true)]
+    pub notify_url: String,
     /// The network's capacity in bits a second: 100M, 1G. [default: what the interface says]
     #[arg(long, value_name = "BITS", value_parser = parse_bandwidth)]
     pub bandwidth: Option<u64>,
@@ -361,7 +371,7 @@ fn parse_backend(text: &str) -> Result<SocketAddr, Problem> {
 }
 
 /// `http://host:port`; the scheme may be left out.
-fn parse_control(text: &str) -> Result<String, Problem> {
+pub(crate) fn parse_control(text: &str) -> Result<String, Problem> {
     let hint = "write http://HOST:PORT, as http://127.0.0.1:7400";
     if text.starts_with("https://") {
         return Err(Problem::new(format!("{text:?}: TLS is not supported by this version"), hint));
@@ -376,11 +386,11 @@ fn parse_control(text: &str) -> Result<String, Problem> {
     Ok(url)
 }
 
-fn parse_id(text: &str) -> Result<ResourceId, Problem> {
+pub(crate) fn parse_id(text: &str) -> Result<ResourceId, Problem> {
     text.parse().map_err(|error| Problem::new(format!("{text:?} {error}"), "write a short name, as pg-1"))
 }
 
-fn parse_report_interval(text: &str) -> Result<Duration, Problem> {
+pub(crate) fn parse_report_interval(text: &str) -> Result<Duration, Problem> {
     let interval = parse_duration(text)?;
     if !(Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&interval) {
         return Err(Problem::new(format!("{text:?} is out of range"), "write 100ms to 1h"));

@@ -21,8 +21,13 @@ use crate::problem::{Problem, nearest};
 use crate::units::{ListenAddress, parse_address, parse_duration};
 use reader::{Reader, Section, boolean, decimal, integer, text, texts};
 
+mod notices;
 mod pool;
 mod reader;
+mod upstream;
+
+pub use notices::NoticesConfig;
+pub use upstream::UpstreamConfig;
 
 /// Where control listens unless told otherwise; the admin commands and agents look there too.
 pub const CONTROL_LISTEN_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7400);
@@ -52,10 +57,14 @@ pub struct Config {
     pub dataplane: DataplaneConfig,
     /// A sample of selections, for later looks.
     pub decisions: DecisionsConfig,
+    /// What resources are told when the balancer goes away.
+    pub notices: NoticesConfig,
     /// At least one.
     pub pools: Vec<PoolConfig>,
     /// At least one, each of a pool in `pools`.
     pub listeners: Vec<ListenerConfig>,
+    /// Balancers that this one is a resource of.
+    pub upstreams: Vec<UpstreamConfig>,
 }
 
 /// `[control]` or `[http]`.
@@ -209,6 +218,14 @@ impl Config {
         }
     }
 
+    /// The place of the table that serves a listener, among those of its pool: the pool's own comes first.
+    pub fn table_of(&self, listener: &ListenerConfig) -> usize {
+        let pool = self.pools.iter().find(|pool| pool.name == listener.pool);
+        let place =
+            pool.and_then(|pool| pool.tables.iter().position(|requires| *requires == listener.requires));
+        place.map_or(0, |place| place + 1)
+    }
+
     /// `None` when something that has no default is missing or wrong.
     fn read<'t>(reader: &mut Reader<'t>, table: &'t DeTable<'t>) -> Option<Self> {
         let broken = reader.is_broken();
@@ -219,9 +236,11 @@ impl Config {
         let http = read_endpoint(root.section("http"), HTTP_LISTEN_DEFAULT, &["tls"], &mut bound);
         let dataplane = read_dataplane(root.section("dataplane"));
         let decisions = read_decisions(root.section("decisions"));
+        let notices = notices::read(&mut root);
         let pools = pool::read(&mut root);
         let known = pools.as_deref().filter(|_| !broken);
         let listeners = read_listeners(&mut root, known, &mut bound);
+        let upstreams = upstream::read(&mut root, listeners.as_deref().filter(|_| !broken));
         let both = pools.zip(listeners).map(|(mut pools, listeners)| {
             pool::add_tables(&mut pools, &listeners);
             (pools, listeners)
@@ -231,7 +250,7 @@ impl Config {
         }
         root.finish(&LATER_ROOT);
         let (pools, listeners) = both?;
-        Some(Self { control, http, dataplane, decisions, pools, listeners })
+        Some(Self { control, http, dataplane, decisions, notices, pools, listeners, upstreams })
     }
 }
 

@@ -16,6 +16,7 @@ pub mod serve;
 pub mod sidecar;
 pub mod signals;
 pub mod units;
+mod upstream;
 
 /// This host's name, or `host` where the kernel does not say.
 pub(crate) fn host_name() -> String {

@@ -25,6 +25,7 @@ fn main() -> ExitCode {
         Command::Capabilities(args) => admin::capabilities(&args),
         Command::Drain(args) => admin::drain(&args),
         Command::Ready(args) => admin::ready(&args),
+        Command::Notify(args) => admin::notify::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::DemoService(args) => demo::service::run(args),
     });

@@ -21,6 +21,7 @@ use crate::config::{Config, EndpointConfig, ListenerConfig};
 use crate::failure::Failure;
 use crate::proxy::engine_reason;
 use crate::units::ListenAddress;
+use crate::upstream::Upstreams;
 use crate::{check, host_name, life};
 
 /// Threads of control. Cores belong to the dataplane; reports of thousands of resources need less than one.
@@ -43,13 +44,16 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let runtime = runtime()?;
 
     let pools = Pools::of(&config);
-    let (bound, control) = bind(&config, &pools, &runtime)?;
+    let (bound, mut control) = bind(&config, &pools, &runtime)?;
     let lines = lines(&config, &bound, &control);
+    let addresses: Vec<SocketAddr> = bound.addresses();
+    let offers = control.offers();
 
     let (phase, seen) = watch::channel(Phase::Starting);
     let mut control = Some(runtime.spawn(control.run(seen)));
     let dataplane = bound.start().map_err(Failure::start)?;
     phase.send_replace(Phase::Ready);
+    let mut upstreams = Upstreams::start(&config, &addresses, offers, runtime.handle())?;
     life::announce(&lines);
 
     let drained = life::run(
@@ -59,6 +63,7 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
         || control_lives(&runtime, &mut control),
         || {
             phase.send_replace(Phase::Draining);
+            upstreams.leave(runtime.handle());
         },
     );
     phase.send_replace(Phase::Terminated);
@@ -81,10 +86,7 @@ impl Pools {
     /// The table that serves a listener.
     fn table(&self, config: &Config, listener: &ListenerConfig) -> Option<Publisher> {
         let place = config.pools.iter().position(|pool| pool.name == listener.pool)?;
-        let tables = &config.pools[place].tables;
-        let table =
-            tables.iter().position(|requires| *requires == listener.requires).map_or(0, |table| table + 1);
-        self.0[place].get(table).cloned()
+        self.0[place].get(config.table_of(listener)).cloned()
     }
 }
 
@@ -169,6 +171,8 @@ fn control_config(config: &Config, pools: &Pools, bound: &Bound) -> ControlConfi
         dataplane: bound.view(),
         origin: bound.origin(),
         limits: Limits { resources_max: RESOURCES_MAX, ..Limits::default() },
+        alternatives: config.notices.alternatives.clone(),
+        maintenance: config.notices.maintenance.clone(),
         decision_log: config.decisions.log.clone(),
     }
 }

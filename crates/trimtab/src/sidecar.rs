@@ -63,7 +63,8 @@ fn configuration(args: AgentArgs) -> Result<AgentConfig, Failure> {
         version: args.version_of_service,
         flows_max: args.flows_max,
         weight: args.weight,
-        probe_address: String::new(),
+        notify_url: args.notify_url,
+        ..Resource::default()
     };
     let mut config = AgentConfig::new(balancers, resource);
     config.report_interval = args.report_interval;
@@ -79,7 +80,7 @@ fn configuration(args: AgentArgs) -> Result<AgentConfig, Failure> {
 }
 
 /// `host/ip:port`, with what names may not have replaced, and of a length they may have.
-fn default_id(host: &str, address: SocketAddr) -> String {
+pub(crate) fn default_id(host: &str, address: SocketAddr) -> String {
     let address = format!("{}:{}", address.ip(), address.port());
     let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '-' };
     // The longest IPv6 address with its port is 45 characters, the longest name 128.

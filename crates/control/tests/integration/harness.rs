@@ -79,6 +79,8 @@ pub(crate) fn config() -> (ControlConfig, Publisher) {
         dataplane: Arc::new(FakeDataplane),
         origin: Instant::now(),
         limits: Limits { resources_max: 100, ..Limits::default() },
+        alternatives: Vec::new(),
+        maintenance: Vec::new(),
         decision_log: None,
     };
     (config, publisher)
@@ -161,7 +163,7 @@ pub(crate) fn register_request(id: &str, incarnation: u64) -> RegisterRequest {
             ..Resource::default()
         }),
         incarnation,
-        report_interval: None,
+        ..RegisterRequest::default()
     }
 }
 

@@ -3,5 +3,6 @@
 
 mod allocation;
 mod harness;
+mod notices;
 mod operation;
 mod registration;

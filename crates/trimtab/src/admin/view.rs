@@ -828,7 +828,7 @@ fn age(seconds: Option<f64>) -> String {
     seconds.map_or_else(|| "-".to_owned(), |seconds| format!("{seconds:.1}s"))
 }
 
-fn seconds(duration: Option<prost_types::Duration>) -> Option<f64> {
+pub(super) fn seconds(duration: Option<prost_types::Duration>) -> Option<f64> {
     duration.map(|duration| duration.seconds as f64 + f64::from(duration.nanos) * 1e-9)
 }
 

@@ -104,6 +104,11 @@ impl<'t> Section<'_, 't> {
         self.reader
     }
 
+    /// Notes a problem of the whole table.
+    pub(super) fn report(&mut self, problem: Problem) {
+        self.reader.report(self.at, problem);
+    }
+
     /// The value of `key`, or `None` when it is not there or is reported as wrong.
     pub(super) fn value<T>(
         &mut self,

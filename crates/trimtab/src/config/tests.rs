@@ -31,12 +31,14 @@ fn the_least_file_takes_every_default() {
             http: loopback(7480),
             dataplane: DataplaneConfig::default(),
             decisions: DecisionsConfig::default(),
+            notices: NoticesConfig::default(),
             pools: vec![PoolConfig::new("sql".parse().unwrap(), Policy::Adaptive)],
             listeners: vec![ListenerConfig {
                 bind: "tcp://127.0.0.1:5432".parse().unwrap(),
                 pool: "sql".parse().unwrap(),
                 requires: Requirements::default(),
             }],
+            upstreams: Vec::new(),
         }
     );
 }
@@ -478,7 +480,7 @@ fn single_errors() {
     for (head, expected) in [
         (
             "colour = 1",
-            "f:1:1: error: there is no key `colour`\n  hint: there are control, http, dataplane, decisions, pool, listener\n",
+            "f:1:1: error: there is no key `colour`\n  hint: there are control, http, dataplane, decisions, notices, maintenance, pool, listener, upstream\n",
         ),
         (
             "[[control]]",

@@ -1,0 +1,458 @@
+//! What resources are told, and who has taken it. Pure: a notice, a resource and a moment in, what is to be told out.
+//!
+//! ```text
+//! made --- at a stream's turn ---> told --- the resource says so ---> taken, or failed (told again on its next stream)
+//!      \-- to its notify_url ----> posted (2xx: taken) / tried again with a growing pause
+//! ```
+//!
+//! A notice is told at least once, and again on each new stream until it was taken; its id lets a resource take it once.
+//! One that is over is told to nobody any more, and stays to be looked at until [`NOTICES_MAX`] newer ones have come.
+
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, SystemTime};
+
+use allocation::{PoolName, ResourceId, Timestamp};
+
+/// Notices that are kept.
+pub(crate) const NOTICES_MAX: usize = 64;
+/// How long a notice without an end of its own is told to those who come.
+const TOLD_FOR: Duration = Duration::from_secs(3600);
+/// Longest time that a notice of an unavailability whose end is not known is told.
+const OPEN_END_TOLD_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
+/// First and longest pause after a post that failed.
+const POST_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
+
+/// What is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum What {
+    /// The balancer stops for good.
+    Leaving,
+    /// The balancer is away; `None`: nobody knows how long.
+    Unavailable {
+        /// For how long.
+        lasts: Option<Duration>,
+    },
+    /// The notice of this id does not hold any more.
+    Withdrawn {
+        /// Its id.
+        notice: String,
+    },
+    /// The resource shall end.
+    ShutDown,
+    /// The resource shall move so many flows away.
+    ShedFlows {
+        /// How many.
+        flows: u32,
+    },
+}
+
+/// Whom it is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Target {
+    All,
+    Pool(PoolName),
+    Resource(ResourceId),
+}
+
+impl Target {
+    pub(crate) fn is(&self, id: &ResourceId, pool: &PoolName) -> bool {
+        match self {
+            Self::All => true,
+            Self::Pool(name) => name == pool,
+            Self::Resource(name) => name == id,
+        }
+    }
+}
+
+/// One notice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Notice {
+    /// Unique for all time.
+    pub(crate) id: String,
+    pub(crate) what: What,
+    /// When it happens.
+    pub(crate) at: SystemTime,
+    /// Control addresses of the balancers that stand in.
+    pub(crate) alternatives: Vec<String>,
+    pub(crate) reason: String,
+    pub(crate) target: Target,
+}
+
+impl Notice {
+    /// Until when it is told to those who have not taken it.
+    fn told_until(&self, made: SystemTime) -> SystemTime {
+        let from = self.at.max(made);
+        let open = match &self.what {
+            What::Unavailable { lasts: Some(lasts) } => *lasts,
+            What::Leaving | What::Unavailable { lasts: None } => OPEN_END_TOLD_FOR,
+            What::Withdrawn { .. } | What::ShutDown | What::ShedFlows { .. } => TOLD_FOR,
+        };
+        from.checked_add(open).unwrap_or(from)
+    }
+}
+
+/// A notice, and how far it has come.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) notice: Notice,
+    pub(crate) made: Timestamp,
+    told_until: SystemTime,
+    pub(crate) withdrawn: bool,
+    /// By a stream or a post.
+    told: HashSet<ResourceId>,
+    taken: HashSet<ResourceId>,
+    /// Why not, by those that said so.
+    failed: HashMap<ResourceId, String>,
+    posts: HashMap<ResourceId, Post>,
+}
+
+/// Attempts to post one notice to one resource.
+#[derive(Debug, Clone)]
+struct Post {
+    attempts: u32,
+    next: Timestamp,
+    failure: String,
+    under_way: bool,
+}
+
+impl Kept {
+    fn holds(&self, now: SystemTime) -> bool {
+        !self.withdrawn && now < self.told_until
+    }
+
+    /// What became of it at a resource that has not taken it, in words.
+    pub(crate) fn state(&self, id: &ResourceId) -> String {
+        if let Some(why) = self.failed.get(id) {
+            return format!("failed: {why}");
+        }
+        match self.posts.get(id) {
+            Some(post) if post.attempts > 0 => {
+                format!("webhook: {} ({} attempts)", post.failure, post.attempts)
+            }
+            _ if self.told.contains(id) => "told".to_owned(),
+            _ => "not connected".to_owned(),
+        }
+    }
+
+    pub(crate) fn is_taken(&self, id: &ResourceId) -> bool {
+        self.taken.contains(id)
+    }
+}
+
+/// The administrator's fault, or a bound of ours.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum BookError {
+    #[error("{NOTICES_MAX} notices hold already, as many as are kept: withdraw some (`trimtab notify list`)")]
+    Full,
+    #[error("there is no notice {0}: `trimtab notify list` shows those that are kept")]
+    Unknown(String),
+    #[error("the notice {0} does not hold any more")]
+    Over(String),
+}
+
+/// All notices of a balancer.
+#[derive(Debug, Default)]
+pub(crate) struct Book {
+    /// Oldest first.
+    kept: Vec<Kept>,
+}
+
+impl Book {
+    /// Keeps a notice, in place of the oldest that is over if there are too many.
+    pub(crate) fn add(&mut self, notice: Notice, now: Timestamp, wall: SystemTime) -> Result<(), BookError> {
+        if self.kept.len() >= NOTICES_MAX {
+            let over = self.kept.iter().position(|kept| !kept.holds(wall)).ok_or(BookError::Full)?;
+            self.kept.remove(over);
+        }
+        self.kept.push(Kept {
+            told_until: notice.told_until(wall),
+            notice,
+            made: now,
+            withdrawn: false,
+            told: HashSet::new(),
+            taken: HashSet::new(),
+            failed: HashMap::new(),
+            posts: HashMap::new(),
+        });
+        Ok(())
+    }
+
+    /// Ends a notice, and gives the one that says so to those who were told.
+    pub(crate) fn withdraw(&mut self, id: &str, wall: SystemTime) -> Result<Notice, BookError> {
+        let kept = self.kept.iter_mut().find(|kept| kept.notice.id == id);
+        let kept = kept.ok_or_else(|| BookError::Unknown(id.to_owned()))?;
+        if !kept.holds(wall) {
+            return Err(BookError::Over(id.to_owned()));
+        }
+        kept.withdrawn = true;
+        Ok(kept.notice.clone())
+    }
+
+    /// What a stream of this resource has to say that it has not said yet (`said`), oldest first; it counts as told.
+    pub(crate) fn tell(
+        &mut self,
+        id: &ResourceId,
+        pool: &PoolName,
+        said: &mut HashSet<String>,
+        wall: SystemTime,
+    ) -> Vec<Notice> {
+        let mut tell = Vec::new();
+        for place in 0..self.kept.len() {
+            let kept = &self.kept[place];
+            let due = kept.holds(wall)
+                && kept.notice.target.is(id, pool)
+                && !kept.taken.contains(id)
+                && !said.contains(&kept.notice.id)
+                && self.concerns(&kept.notice, id);
+            if due {
+                let kept = &mut self.kept[place];
+                said.insert(kept.notice.id.clone());
+                kept.told.insert(id.clone());
+                tell.push(kept.notice.clone());
+            }
+        }
+        said.retain(|known| self.kept.iter().any(|kept| kept.notice.id == *known));
+        tell
+    }
+
+    /// Who never heard of a notice need not hear that it is withdrawn.
+    fn concerns(&self, notice: &Notice, id: &ResourceId) -> bool {
+        let What::Withdrawn { notice: withdrawn } = &notice.what else { return true };
+        self.kept.iter().any(|kept| kept.notice.id == *withdrawn && kept.told.contains(id))
+    }
+
+    /// A resource says what it did. Notices that it was not told are not its business.
+    pub(crate) fn took(&mut self, id: &ResourceId, notice: &str, failure: Option<String>) -> bool {
+        let told = self.kept.iter_mut().find(|kept| kept.notice.id == notice && kept.told.contains(id));
+        let Some(kept) = told else { return false };
+        match failure {
+            Some(why) => drop(kept.failed.insert(id.clone(), why)),
+            None => {
+                kept.failed.remove(id);
+                kept.taken.insert(id.clone());
+            }
+        }
+        true
+    }
+
+    /// Whether there is anything to post or to tell at all: asked before resources are looked at.
+    pub(crate) fn holds_any(&self, wall: SystemTime) -> bool {
+        self.kept.iter().any(|kept| kept.holds(wall))
+    }
+
+    /// Notices that are to be posted to this resource now; each counts as under way until [`Self::posted`].
+    pub(crate) fn post(
+        &mut self,
+        id: &ResourceId,
+        pool: &PoolName,
+        now: Timestamp,
+        wall: SystemTime,
+    ) -> Vec<Notice> {
+        let mut due = Vec::new();
+        for place in 0..self.kept.len() {
+            let kept = &self.kept[place];
+            let wanted = kept.holds(wall)
+                && kept.notice.target.is(id, pool)
+                && !kept.taken.contains(id)
+                && self.concerns(&kept.notice, id);
+            if !wanted {
+                continue;
+            }
+            let kept = &mut self.kept[place];
+            let post = kept.posts.entry(id.clone()).or_insert_with(|| Post {
+                attempts: 0,
+                next: now,
+                failure: String::new(),
+                under_way: false,
+            });
+            if !post.under_way && post.next <= now {
+                post.under_way = true;
+                kept.told.insert(id.clone());
+                due.push(kept.notice.clone());
+            }
+        }
+        due
+    }
+
+    /// What became of a post. After a failure it is due again, after a pause that doubles.
+    pub(crate) fn posted(&mut self, id: &ResourceId, notice: &str, failure: Option<String>, now: Timestamp) {
+        let Some(kept) = self.kept.iter_mut().find(|kept| kept.notice.id == notice) else { return };
+        let Some(why) = failure else {
+            kept.posts.remove(id);
+            kept.failed.remove(id);
+            kept.taken.insert(id.clone());
+            return;
+        };
+        if let Some(post) = kept.posts.get_mut(id) {
+            let pause = POST_PAUSE.0.saturating_mul(1 << post.attempts.min(16)).min(POST_PAUSE.1);
+            *post = Post {
+                attempts: post.attempts.saturating_add(1),
+                next: now + pause,
+                failure: why,
+                under_way: false,
+            };
+        }
+    }
+
+    /// When the next post is due that waits after a failure; `None`: none does.
+    pub(crate) fn next_post(&self, wall: SystemTime) -> Option<Timestamp> {
+        let waiting = self.kept.iter().filter(|kept| kept.holds(wall)).flat_map(|kept| kept.posts.values());
+        waiting.filter(|post| !post.under_way).map(|post| post.next).min()
+    }
+
+    /// Newest first.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Kept> {
+        self.kept.iter().rev()
+    }
+
+    /// How many of these resources have not taken a notice that holds, over all notices.
+    pub(crate) fn not_taken<'a>(
+        &self,
+        resources: impl Iterator<Item = (&'a ResourceId, &'a PoolName)> + Clone,
+        wall: SystemTime,
+    ) -> usize {
+        let holding = self.kept.iter().filter(|kept| kept.holds(wall));
+        holding
+            .map(|kept| {
+                let for_it = resources.clone().filter(|(id, pool)| kept.notice.target.is(id, pool));
+                for_it.filter(|(id, _)| self.concerns(&kept.notice, id) && !kept.taken.contains(*id)).count()
+            })
+            .sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const START: SystemTime = SystemTime::UNIX_EPOCH;
+
+    fn at(seconds: u64) -> (Timestamp, SystemTime) {
+        (Timestamp::from_millis(seconds * 1000), START + Duration::from_secs(seconds))
+    }
+
+    fn notice(id: &str, what: What, target: Target) -> Notice {
+        Notice {
+            id: id.to_owned(),
+            what,
+            at: at(100).1,
+            alternatives: Vec::new(),
+            reason: String::new(),
+            target,
+        }
+    }
+
+    fn away(id: &str) -> Notice {
+        let lasts = Some(Duration::from_secs(50));
+        notice(id, What::Unavailable { lasts }, Target::All)
+    }
+
+    fn names() -> (ResourceId, ResourceId, PoolName) {
+        ("a".parse().unwrap(), "b".parse().unwrap(), "sql".parse().unwrap())
+    }
+
+    fn ids(notices: &[Notice]) -> Vec<&str> {
+        notices.iter().map(|notice| notice.id.as_str()).collect()
+    }
+
+    #[test]
+    fn it_is_told_once_on_a_stream_and_again_on_the_next_until_it_was_taken() {
+        let (a, _, pool) = names();
+        let mut book = Book::default();
+        book.add(away("1"), at(0).0, at(0).1).unwrap();
+        let mut said = HashSet::new();
+        assert_eq!(ids(&book.tell(&a, &pool, &mut said, at(1).1)), ["1"]);
+        assert!(book.tell(&a, &pool, &mut said, at(2).1).is_empty());
+        let mut next = HashSet::new();
+        assert_eq!(ids(&book.tell(&a, &pool, &mut next, at(3).1)), ["1"]);
+        assert!(book.took(&a, "1", Some("exit 1".into())));
+        assert_eq!(book.all().next().unwrap().state(&a), "failed: exit 1");
+        assert_eq!(ids(&book.tell(&a, &pool, &mut HashSet::new(), at(4).1)), ["1"]);
+        assert!(book.took(&a, "1", None));
+        assert!(book.tell(&a, &pool, &mut HashSet::new(), at(5).1).is_empty());
+    }
+
+    #[test]
+    fn it_is_told_until_it_is_over() {
+        let (a, b, pool) = names();
+        let mut book = Book::default();
+        book.add(away("1"), at(0).0, at(0).1).unwrap();
+        assert_eq!(book.tell(&a, &pool, &mut HashSet::new(), at(149).1).len(), 1);
+        assert!(book.tell(&b, &pool, &mut HashSet::new(), at(150).1).is_empty());
+        assert_eq!(book.not_taken([(&a, &pool), (&b, &pool)].into_iter(), at(149).1), 2);
+        assert_eq!(book.not_taken([(&a, &pool), (&b, &pool)].into_iter(), at(150).1), 0);
+        assert_eq!(book.withdraw("1", at(150).1), Err(BookError::Over("1".into())));
+    }
+
+    #[test]
+    fn targets() {
+        let (a, b, pool) = names();
+        let mut book = Book::default();
+        let other: PoolName = "web".parse().unwrap();
+        book.add(notice("a", What::ShutDown, Target::Resource(a.clone())), at(0).0, at(0).1).unwrap();
+        book.add(notice("web", What::ShutDown, Target::Pool(other.clone())), at(0).0, at(0).1).unwrap();
+        assert_eq!(ids(&book.tell(&a, &pool, &mut HashSet::new(), at(1).1)), ["a"]);
+        assert!(book.tell(&b, &pool, &mut HashSet::new(), at(1).1).is_empty());
+        assert_eq!(ids(&book.tell(&b, &other, &mut HashSet::new(), at(1).1)), ["web"]);
+        assert!(!book.took(&b, "a", None), "it was not told");
+    }
+
+    #[test]
+    fn a_withdrawal_is_told_to_those_who_were_told() {
+        let (a, b, pool) = names();
+        let mut book = Book::default();
+        book.add(away("1"), at(0).0, at(0).1).unwrap();
+        let mut said = HashSet::new();
+        book.tell(&a, &pool, &mut said, at(1).1);
+        let withdrawn = book.withdraw("1", at(2).1).unwrap();
+        let back =
+            Notice { id: "2".into(), what: What::Withdrawn { notice: withdrawn.id.clone() }, ..withdrawn };
+        book.add(back, at(2).0, at(2).1).unwrap();
+        assert_eq!(ids(&book.tell(&a, &pool, &mut said, at(3).1)), ["2"]);
+        assert!(book.tell(&b, &pool, &mut HashSet::new(), at(3).1).is_empty());
+        assert_eq!(book.withdraw("1", at(3).1), Err(BookError::Over("1".into())));
+        assert_eq!(book.withdraw("3", at(3).1), Err(BookError::Unknown("3".into())));
+    }
+
+    #[test]
+    fn the_book_is_bounded_and_forgets_what_is_over_first() {
+        let mut book = Book::default();
+        book.add(notice("kept", What::Leaving, Target::All), at(0).0, at(0).1).unwrap();
+        for n in 1..NOTICES_MAX {
+            book.add(away(&n.to_string()), at(0).0, at(0).1).unwrap();
+        }
+        assert_eq!(book.add(away("more"), at(1).0, at(1).1), Err(BookError::Full));
+        book.add(away("later"), at(150).0, at(150).1).unwrap();
+        let ids: Vec<&str> = book.all().map(|kept| kept.notice.id.as_str()).collect();
+        assert_eq!(ids.len(), NOTICES_MAX);
+        assert!(ids.contains(&"kept") && ids.contains(&"later") && !ids.contains(&"1"));
+    }
+
+    #[test]
+    fn posts_are_tried_again_with_a_growing_pause_until_one_is_taken() {
+        let (a, _, pool) = names();
+        let mut book = Book::default();
+        book.add(away("1"), at(0).0, at(0).1).unwrap();
+        let mut now = at(0);
+        let mut tried = Vec::new();
+        for _ in 0..4 {
+            assert_eq!(ids(&book.post(&a, &pool, now.0, now.1)), ["1"]);
+            assert!(book.post(&a, &pool, now.0, now.1).is_empty(), "one at a time");
+            book.posted(&a, "1", Some("503".into()), now.0);
+            tried.push(now.0.as_millis());
+            let next = book.next_post(now.1).unwrap();
+            assert!(book.post(&a, &pool, now.0, now.1).is_empty());
+            now = (next, START + Duration::from_millis(next.as_millis()));
+        }
+        assert_eq!(tried, [0, 500, 1_500, 3_500]);
+        assert_eq!(book.all().next().unwrap().state(&a), "webhook: 503 (4 attempts)");
+        book.post(&a, &pool, now.0, now.1);
+        book.posted(&a, "1", None, now.0);
+        assert!(book.all().next().unwrap().is_taken(&a));
+        assert_eq!(book.next_post(now.1), None);
+        assert!(
+            book.tell(&a, &pool, &mut HashSet::new(), now.1).is_empty(),
+            "what was posted need not be told"
+        );
+    }
+}
