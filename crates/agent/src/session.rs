@@ -10,6 +10,7 @@
 use std::error::Error;
 use std::time::Duration;
 
+use api::orca::OrcaLoadReport;
 use api::v1::registration_service_client::RegistrationServiceClient;
 use api::v1::report_response::Event;
 use api::v1::{self, Ack, Labels, Notice, Readiness, ReportRequest, ReportResponse, ResourceState};
@@ -24,6 +25,7 @@ use crate::agent::{AgentState, Common};
 use crate::meter::{Meter, WINDOW_MIN};
 use crate::said::Said;
 use crate::service::Service;
+use crate::utilization::Override;
 
 /// For connecting, and for each call but the stream of reports. A balancer that is there answers in milliseconds.
 const CALL_PATIENCE: Duration = Duration::from_secs(2);
@@ -93,8 +95,16 @@ pub(crate) async fn register(client: &mut Client, common: &Common) -> Result<(),
     };
     let response = response.into_inner();
     let lease_s = response.lease.and_then(|lease| Duration::try_from(lease).ok()).map(|l| l.as_secs_f64());
-    let (balancer, created) = (response.balancer_id, response.created);
+    let (balancer, created) = (&response.balancer_id, response.created);
     info!(id = config.resource.id, pool = config.resource.pool, balancer, lease_s, created, "registered");
+    if let Some(first) = response.first_pull.filter(|first| first.result != "accepted") {
+        warn!(
+            balancer,
+            result = first.result,
+            why = first.detail,
+            "the utilization script gave no report yet"
+        );
+    }
     Ok(())
 }
 
@@ -173,6 +183,12 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// `None`: the balancer fetches it by the resource's script.
+    fn utilization(&mut self, now: Instant, over: &Override) -> Option<OrcaLoadReport> {
+        let is_pulled = self.common.config.resource.utilization_script.is_some();
+        (!is_pulled).then(|| self.meter.report(now.into_std(), over))
+    }
+
     /// A report ahead of the interval, but never two within [`WINDOW_MIN`]: a balancer that asks without end must not
     /// keep a host busy.
     fn report_soon(&mut self) {
@@ -190,7 +206,7 @@ impl<'a> Session<'a> {
             incarnation: self.common.config.incarnation,
             sequence: self.sequence,
             readiness: readiness.into(),
-            utilization: Some(self.meter.report(now.into_std(), &over)),
+            utilization: self.utilization(now, &over),
             balancers: self.common.balancers_now(self.balancer),
             labels: self.labels.borrow_and_update().clone(),
         };

@@ -23,6 +23,7 @@ mod http;
 mod metrics;
 mod parse;
 mod prober;
+mod pull;
 mod registration;
 mod tick;
 
@@ -38,6 +39,8 @@ use tokio::sync::{Notify, watch};
 
 use crate::clock::Clock;
 use crate::metrics::Metrics;
+use crate::pull::Puller;
+pub use crate::pull::{Allowed, NotAllowed, PullConfig};
 
 /// Where the process is in its life. One for all of it: whoever changes it tells everyone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -106,6 +109,8 @@ pub struct ControlConfig {
     pub limits: Limits,
     /// Where the sample of selections goes that the dataplane takes; `None`: nowhere.
     pub decision_log: Option<DecisionLog>,
+    /// How utilization scripts are executed.
+    pub pull: PullConfig,
 }
 
 /// Why control cannot start: the operator's to mend.
@@ -133,6 +138,9 @@ pub enum StartError {
     /// The pools are no pools.
     #[error(transparent)]
     Pools(#[from] ConfigError),
+    /// The authorities of utilization scripts cannot be read.
+    #[error("control.pull.ca: {0}")]
+    PullCa(#[from] fetch::CaError),
     /// The decision log cannot be written.
     #[error("decisions.log cannot be opened at {}: {source}", path.display())]
     DecisionLog {
@@ -178,6 +186,7 @@ struct Shared {
     /// Something changed that a table may follow from.
     changed: Notify,
     metrics: Metrics,
+    puller: Puller,
     dataplane: Arc<dyn DataplaneView>,
     phase: watch::Receiver<Phase>,
 }
@@ -191,6 +200,7 @@ pub struct Control {
     grpc_address: SocketAddr,
     http_address: SocketAddr,
     decision_log: Option<decision_log::Writer>,
+    tls: fetch::Tls,
 }
 
 impl std::fmt::Debug for Control {
@@ -219,9 +229,10 @@ impl Control {
             limits: config.limits,
         })?;
         let decision_log = config.decision_log.clone().map(decision_log::Writer::open).transpose()?;
+        let tls = config.pull.ca.as_deref().map(fetch::Tls::with_ca).transpose()?.unwrap_or_default();
         let (grpc, grpc_address) = bind("control.listen", config.listen).await?;
         let (http, http_address) = bind("http.listen", config.http).await?;
-        Ok(Self { config, registry, grpc, http, grpc_address, http_address, decision_log })
+        Ok(Self { config, registry, grpc, http, grpc_address, http_address, decision_log, tls })
     }
 
     /// Where gRPC is served, with the port that was really bound.
@@ -248,6 +259,7 @@ impl Control {
             balancer_id: config.balancer_id,
             changed: Notify::new(),
             metrics: Metrics::new(&config.version),
+            puller: Puller::new(config.pull, self.tls, vec![self.grpc_address, self.http_address]),
             dataplane: config.dataplane,
             phase: phase.clone(),
         });

@@ -18,6 +18,10 @@ const INTERVAL_MAX: Duration = Duration::from_secs(3600);
 const INTERVAL_DEFAULT: Duration = Duration::from_secs(1);
 /// A shorter lease would expire by one lost packet and its retransmission.
 const LEASE_MIN: Duration = Duration::from_secs(3);
+/// Nobody registers a resource again that does nothing but be fetched from: its exporter's restart must not cost it its place.
+const PULLED_LEASE_MIN: Duration = Duration::from_secs(60);
+/// Schedules may be rare. A longer gap than a month is taken for a month.
+const PULLED_EVERY_MAX: Duration = Duration::from_secs(31 * 24 * 3600);
 /// Reports in a row that may be missed.
 const MISSED_MAX: u32 = 3;
 
@@ -44,6 +48,8 @@ pub struct RawRegistration {
     pub report_interval: Option<Duration>,
     /// Where it answers probes: `ip:port` or `[ip6]:port`; empty: nowhere.
     pub probe_address: String,
+    /// How often its utilization is fetched; `None`: it is not, the resource reports.
+    pub pulled_every: Option<Duration>,
 }
 
 /// A resource's registration. It can only be had from [`Registration::parse`], so every bound holds.
@@ -59,6 +65,9 @@ pub struct Registration {
     weight: f32,
     report_interval: Duration,
     probe_address: Option<SocketAddr>,
+    pulled_every: Option<Duration>,
+    /// Whether it said how often it reports.
+    reports: bool,
 }
 
 /// Why a registration was refused. Always the fault of the resource that sent it (or of whoever configured it).
@@ -154,7 +163,16 @@ impl Registration {
             weight: weight as f32,
             report_interval,
             probe_address,
+            pulled_every: raw.pulled_every.map(|every| every.min(PULLED_EVERY_MAX)),
+            reports: raw.report_interval.is_some() || raw.pulled_every.is_none(),
         })
+    }
+
+    /// The same with another weight and limit of flows, as the resource asked for since: HAProxy's agent-check can.
+    #[must_use]
+    pub fn amended(&self, weight: f32, flows_max: u32) -> Self {
+        let weight = weight.clamp(WEIGHT_MIN as f32, WEIGHT_MAX as f32);
+        Self { weight, flows_max, ..self.clone() }
     }
 
     /// Which resource it is.
@@ -207,14 +225,22 @@ impl Registration {
         self.probe_address
     }
 
+    /// How often its utilization is fetched; `None`: it is not.
+    pub fn pulled_every(&self) -> Option<Duration> {
+        self.pulled_every
+    }
+
     /// How long it stays registered without a report.
     pub fn lease(&self) -> Duration {
-        self.stale_after().max(LEASE_MIN)
+        if self.reports {
+            return (self.report_interval * MISSED_MAX).max(LEASE_MIN);
+        }
+        self.stale_after().max(PULLED_LEASE_MIN)
     }
 
     /// Age from which its last report no longer moves its weight.
     pub fn stale_after(&self) -> Duration {
-        self.report_interval * MISSED_MAX
+        self.pulled_every.unwrap_or(self.report_interval) * MISSED_MAX
     }
 }
 
@@ -275,6 +301,16 @@ mod tests {
         assert_eq!(parsed.lease(), Duration::from_secs(3));
         let slow = RawRegistration { report_interval: Some(Duration::from_secs(10)), ..raw() };
         assert_eq!(Registration::parse(slow).unwrap().lease(), Duration::from_secs(30));
+        let pulled = RawRegistration { pulled_every: Some(Duration::from_secs(10)), ..raw() };
+        let pulled_parsed = Registration::parse(pulled.clone()).unwrap();
+        assert_eq!(
+            (pulled_parsed.lease(), pulled_parsed.stale_after()),
+            (Duration::from_secs(60), Duration::from_secs(30))
+        );
+        let both = RawRegistration { report_interval: Some(Duration::from_secs(2)), ..pulled };
+        let both = Registration::parse(both).unwrap();
+        assert_eq!((both.lease(), both.stale_after()), (Duration::from_secs(6), Duration::from_secs(30)));
+        assert_eq!((both.amended(0.5, 7).weight(), both.amended(0.5, 7).flows_max()), (0.5, 7));
         let quick = RawRegistration { report_interval: Some(Duration::from_millis(100)), ..raw() };
         assert_eq!(Registration::parse(quick).unwrap().lease(), Duration::from_secs(3));
     }

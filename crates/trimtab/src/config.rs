@@ -22,6 +22,7 @@ use crate::units::{ListenAddress, parse_address, parse_duration};
 use reader::{Reader, Section, boolean, decimal, integer, text, texts};
 
 mod pool;
+mod pull;
 mod reader;
 
 /// Where control listens unless told otherwise; the admin commands and agents look there too.
@@ -46,6 +47,8 @@ const CONNECT_RETRIES_MAX: u64 = 7;
 pub struct Config {
     /// gRPC: registration and administration.
     pub control: EndpointConfig,
+    /// Executing utilization scripts.
+    pub pull: control::PullConfig,
     /// Metrics and probes.
     pub http: EndpointConfig,
     /// Moving bytes.
@@ -214,8 +217,9 @@ impl Config {
         let broken = reader.is_broken();
         let mut root = reader.root(table);
         let mut bound = Bound::default();
-        let control =
-            read_endpoint(root.section("control"), CONTROL_LISTEN_DEFAULT, &LATER_CONTROL, &mut bound);
+        let mut section = root.section("control");
+        let pull = pull::read(section.section("pull"));
+        let control = read_endpoint(section, CONTROL_LISTEN_DEFAULT, &LATER_CONTROL, &mut bound);
         let http = read_endpoint(root.section("http"), HTTP_LISTEN_DEFAULT, &["tls"], &mut bound);
         let dataplane = read_dataplane(root.section("dataplane"));
         let decisions = read_decisions(root.section("decisions"));
@@ -231,7 +235,7 @@ impl Config {
         }
         root.finish(&LATER_ROOT);
         let (pools, listeners) = both?;
-        Some(Self { control, http, dataplane, decisions, pools, listeners })
+        Some(Self { control, pull, http, dataplane, decisions, pools, listeners })
     }
 }
 

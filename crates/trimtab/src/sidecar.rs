@@ -64,6 +64,7 @@ fn configuration(args: AgentArgs) -> Result<AgentConfig, Failure> {
         flows_max: args.flows_max,
         weight: args.weight,
         probe_address: String::new(),
+        utilization_script: args.script.to_wire()?,
     };
     let mut config = AgentConfig::new(balancers, resource);
     config.report_interval = args.report_interval;
@@ -79,7 +80,7 @@ fn configuration(args: AgentArgs) -> Result<AgentConfig, Failure> {
 }
 
 /// `host/ip:port`, with what names may not have replaced, and of a length they may have.
-fn default_id(host: &str, address: SocketAddr) -> String {
+pub(crate) fn default_id(host: &str, address: SocketAddr) -> String {
     let address = format!("{}:{}", address.ip(), address.port());
     let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '-' };
     // The longest IPv6 address with its port is 45 characters, the longest name 128.
