@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 /// Relative to `proto/`; what they import is found from there.
-const FILES: [&str; 4] = [
+const FILES: [&str; 5] = [
     "trimtab/control/v1/registration.proto",
     "trimtab/control/v1/admin.proto",
     "trimtab/control/v1/probe.proto",
     "xds/data/orca/v3/orca_load_report.proto",
+    "xds/service/orca/v3/orca.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

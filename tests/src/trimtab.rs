@@ -61,6 +61,8 @@ pub fn trimtab(arguments: &[&str]) -> Ended {
 pub struct BalancerConfig {
     /// Where control listens.
     pub control: SocketAddr,
+    /// Lines of `[control.pull]`.
+    pub control_pull: String,
     /// Where metrics are.
     pub http: SocketAddr,
     /// Where clients connect.
@@ -76,16 +78,17 @@ pub struct BalancerConfig {
 impl Default for BalancerConfig {
     fn default() -> Self {
         let [control, http, listener] = std::array::from_fn(|_| crate::loopback());
-        let [dataplane, pool, further] = std::array::from_fn(|_| String::new());
-        Self { control, http, listener, dataplane, pool, further }
+        let [control_pull, dataplane, pool, further] = std::array::from_fn(|_| String::new());
+        Self { control, control_pull, http, listener, dataplane, pool, further }
     }
 }
 
 impl BalancerConfig {
     /// As a file.
     pub fn text(&self) -> String {
-        let Self { control, http, listener, dataplane, pool, further } = self;
+        let Self { control, control_pull, http, listener, dataplane, pool, further } = self;
         let mut text = format!("[control]\nlisten = \"{control}\"\n[http]\nlisten = \"{http}\"\n");
+        let _ = writeln!(text, "[control.pull]\n{control_pull}");
         let _ = write!(text, "[dataplane]\n{dataplane}\n[[pool]]\nname = \"{}\"\n{pool}\n", crate::POOL);
         text.push_str(&listener_section(*listener, crate::POOL, ""));
         text.push_str(further);

@@ -10,6 +10,7 @@
 use std::error::Error;
 use std::time::Duration;
 
+use api::orca::OrcaLoadReport;
 use api::v1::registration_service_client::RegistrationServiceClient;
 use api::v1::report_response::Event;
 use api::v1::{self, Ack, Labels, Notice, Readiness, ReportRequest, ReportResponse, ResourceState};
@@ -24,6 +25,7 @@ use crate::agent::{AgentState, Common};
 use crate::meter::{Meter, WINDOW_MIN};
 use crate::said::Said;
 use crate::service::Service;
+use crate::utilization::Override;
 
 /// For connecting, and for each call but the stream of reports. A balancer that is there answers in milliseconds.
 const CALL_PATIENCE: Duration = Duration::from_secs(2);
@@ -104,8 +106,16 @@ pub(crate) async fn register(client: &mut Client, common: &Common) -> Result<Str
     };
     let response = response.into_inner();
     let lease_s = response.lease.and_then(|lease| Duration::try_from(lease).ok()).map(|l| l.as_secs_f64());
-    let (balancer, created) = (response.balancer_id, response.created);
+    let (balancer, created) = (&response.balancer_id, response.created);
     info!(id = config.resource.id, pool = config.resource.pool, balancer, lease_s, created, "registered");
+    if let Some(first) = response.first_pull.filter(|first| first.result != "accepted") {
+        warn!(
+            balancer,
+            result = first.result,
+            why = first.detail,
+            "the utilization script gave no report yet"
+        );
+    }
     Ok(version)
 }
 
@@ -192,6 +202,17 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// As it is told or measured; `None`: the balancer fetches it by the resource's script. And who is beneath it.
+    fn utilization(&mut self, now: Instant, over: &Override) -> (Option<OrcaLoadReport>, Vec<String>) {
+        let config = &self.common.config;
+        if let Some(supply) = &config.supply {
+            let now = supply.borrow();
+            return (Some(now.utilization.clone()), now.beneath.clone());
+        }
+        let is_pulled = config.resource.utilization_script.is_some();
+        ((!is_pulled).then(|| self.meter.report(now.into_std(), over)), Vec::new())
+    }
+
     /// A report ahead of the interval, but never two within [`WINDOW_MIN`]: a balancer that asks without end must not
     /// keep a host busy.
     fn report_soon(&mut self) {
@@ -204,19 +225,13 @@ impl<'a> Session<'a> {
         self.sequence += 1;
         // The labels are what this reading says: it comes first.
         let over = self.common.file.read();
-        let (utilization, beneath) = match &self.common.config.supply {
-            Some(supply) => {
-                let now = supply.borrow();
-                (now.utilization.clone(), now.beneath.clone())
-            }
-            None => (self.meter.report(now.into_std(), &over), Vec::new()),
-        };
+        let (utilization, beneath) = self.utilization(now, &over);
         let report = ReportRequest {
             id: self.common.config.resource.id.clone(),
             incarnation: self.common.config.incarnation,
             sequence: self.sequence,
             readiness: readiness.into(),
-            utilization: Some(utilization),
+            utilization,
             balancers: self.common.balancers_now(self.balancer),
             labels: self.labels.borrow_and_update().clone(),
             notices_taken: Vec::new(),

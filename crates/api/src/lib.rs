@@ -1,11 +1,13 @@
 //! trimtab's wire: the types generated from `proto/` and nothing else.
 //!
-//! Owns the message types, clients and servers of `trimtab.control.v1` ([`v1`]) and the ORCA load report ([`orca`]).
+//! Owns the message types, clients and servers of `trimtab.control.v1` ([`v1`]) the ORCA load report ([`orca`]), and
+//! the service that streams it ([`orca_service`]).
 //! Owns no meaning: what a message says is parsed, and validated, where it is received. The comments are in `proto/`.
 #![forbid(unsafe_code)]
 
 pub use generated::trimtab::control::v1;
 pub use generated::xds::data::orca::v3 as orca;
+pub use generated::xds::service::orca::v3 as orca_service;
 
 /// Nested as the packages are: generated code names types of other packages relative to its own.
 #[allow(
@@ -31,6 +33,13 @@ mod generated {
             pub mod orca {
                 pub mod v3 {
                     include!(concat!(env!("OUT_DIR"), "/xds.data.orca.v3.rs"));
+                }
+            }
+        }
+        pub mod service {
+            pub mod orca {
+                pub mod v3 {
+                    include!(concat!(env!("OUT_DIR"), "/xds.service.orca.v3.rs"));
                 }
             }
         }

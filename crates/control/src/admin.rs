@@ -12,6 +12,7 @@ use crate::explain;
 use crate::notices::NoticeError;
 use crate::notices::book::BookError;
 use crate::parse::{self, MessageError};
+use crate::pull::PullRefused;
 use crate::registration::invalid;
 use crate::{Pool, Shared};
 
@@ -59,7 +60,12 @@ impl AdminService for Admin {
         let pool = if pool.is_empty() { None } else { Some(parse::pool_name(&pool).map_err(invalid)?) };
         let shared = &self.shared;
         let statuses = shared.registry.resources(pool.as_ref(), shared.clock.now()).map_err(unknown_pool)?;
-        let resources = statuses.iter().map(parse::resource_status).collect();
+        let mut resources: Vec<_> = statuses.iter().map(parse::resource_status).collect();
+        for (wire, status) in resources.iter_mut().zip(&statuses) {
+            if let Some(resource) = &mut wire.resource {
+                resource.utilization_script = shared.puller.script(status.registration.id());
+            }
+        }
         Ok(Response::new(v1::ListResourcesResponse { resources }))
     }
 
@@ -186,6 +192,21 @@ impl AdminService for Admin {
     ) -> Result<Response<v1::WithdrawNoticeResponse>, Status> {
         self.shared.notices.withdraw(&request.into_inner().id).map_err(book_refused)?;
         Ok(Response::new(v1::WithdrawNoticeResponse {}))
+    }
+
+    async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<v1::PullResponse>, Status> {
+        let id = parse::resource_id(&request.into_inner().id).map_err(invalid)?;
+        let shared = &self.shared;
+        if shared.registry.registered(&id).is_none() {
+            return Err(Status::not_found(UnknownResource(id).to_string()));
+        }
+        let status = shared.puller.ask(&id).await.map_err(|error| match error {
+            PullRefused::NoScript => Status::failed_precondition(format!("resource {id}: {error}")),
+            PullRefused::Busy => Status::resource_exhausted(format!("resource {id}: {error}")),
+            PullRefused::Late => Status::deadline_exceeded(format!("resource {id}: {error}")),
+        })?;
+        let utilization = parse::ratios(shared.registry.utilization(&id).as_deref());
+        Ok(Response::new(v1::PullResponse { status: Some(status), utilization }))
     }
 }
 

@@ -51,6 +51,9 @@ pub(crate) fn answer(shared: &Shared, question: &Question) -> Result<v1::Explain
     let table = place.map_or(Ok(0), |place| table_of(shared, place, &question.requires))?;
     let explanation = shared.registry.explain(&question.pool, table, now).map_err(unknown_pool)?;
     let mut response = wire(&explanation);
+    for (candidate, known) in response.candidates.iter_mut().zip(&explanation.candidates) {
+        candidate.notes.extend(shared.puller.note(&known.id));
+    }
     if let Some(publisher) = place.and_then(|place| shared.pools[place].publishers.get(table)) {
         foretell(shared, &publisher.current(), question, now, &mut response);
     }

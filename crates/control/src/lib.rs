@@ -26,6 +26,7 @@ mod notices;
 mod offers;
 mod parse;
 mod prober;
+mod pull;
 mod registration;
 mod tick;
 
@@ -47,6 +48,8 @@ use crate::notices::Notices;
 pub use crate::notices::is_control_address;
 pub use crate::notices::maintenance::{Maintenance, Schedule, ScheduleError};
 pub use crate::offers::Offers;
+use crate::pull::Puller;
+pub use crate::pull::{Allowed, NotAllowed, PullConfig};
 
 /// Where the process is in its life. One for all of it: whoever changes it tells everyone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -119,6 +122,8 @@ pub struct ControlConfig {
     pub maintenance: Vec<Maintenance>,
     /// Where the sample of selections goes that the dataplane takes; `None`: nowhere.
     pub decision_log: Option<DecisionLog>,
+    /// How utilization scripts are executed.
+    pub pull: PullConfig,
 }
 
 /// Why control cannot start: the operator's to mend.
@@ -146,6 +151,9 @@ pub enum StartError {
     /// The pools are no pools.
     #[error(transparent)]
     Pools(#[from] ConfigError),
+    /// The authorities of utilization scripts cannot be read.
+    #[error("control.pull.ca: {0}")]
+    PullCa(#[from] fetch::CaError),
     /// The decision log cannot be written.
     #[error("decisions.log cannot be opened at {}: {source}", path.display())]
     DecisionLog {
@@ -193,6 +201,7 @@ struct Shared {
     metrics: Metrics,
     notices: Notices,
     beneath: Beneath,
+    puller: Puller,
     dataplane: Arc<dyn DataplaneView>,
     phase: watch::Receiver<Phase>,
 }
@@ -207,6 +216,7 @@ pub struct Control {
     http_address: SocketAddr,
     decision_log: Option<decision_log::Writer>,
     offers: Option<oneshot::Sender<Offers>>,
+    tls: fetch::Tls,
 }
 
 impl std::fmt::Debug for Control {
@@ -235,9 +245,10 @@ impl Control {
             limits: config.limits,
         })?;
         let decision_log = config.decision_log.clone().map(decision_log::Writer::open).transpose()?;
+        let tls = config.pull.ca.as_deref().map(fetch::Tls::with_ca).transpose()?.unwrap_or_default();
         let (grpc, grpc_address) = bind("control.listen", config.listen).await?;
         let (http, http_address) = bind("http.listen", config.http).await?;
-        Ok(Self { config, registry, grpc, http, grpc_address, http_address, decision_log, offers: None })
+        Ok(Self { config, registry, grpc, http, grpc_address, http_address, decision_log, offers: None, tls })
     }
 
     /// Where gRPC is served, with the port that was really bound.
@@ -274,6 +285,7 @@ impl Control {
             balancer_id: config.balancer_id,
             changed: Notify::new(),
             metrics: Metrics::new(&config.version),
+            puller: Puller::new(config.pull, self.tls, vec![self.grpc_address, self.http_address]),
             dataplane: config.dataplane,
             phase: phase.clone(),
         });

@@ -24,6 +24,37 @@ pub(crate) enum ReportResult {
     Unknown,
 }
 
+/// Where a report was fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PullSource {
+    Http,
+    Orca,
+    AgentCheck,
+}
+
+/// What became of the execution of a utilization script.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PullResult {
+    Accepted,
+    /// There was an answer, and it is none that a report can be made of; or it may not be asked for.
+    Refused,
+    /// There was no whole answer.
+    Failed,
+}
+
+impl PullResult {
+    const ALL: [Self; 3] = [Self::Accepted, Self::Refused, Self::Failed];
+
+    /// Its name in metrics and output.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Accepted => "accepted",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+        }
+    }
+}
+
 /// The metrics of one process.
 pub(crate) struct Metrics {
     recorder: PrometheusRecorder,
@@ -36,6 +67,8 @@ pub(crate) struct Metrics {
 struct Counters {
     /// By [`ReportResult`].
     reports: [Counter; 3],
+    /// By [`PullSource`] and [`PullResult`].
+    pulls: [[Counter; 3]; 3],
     registrations: Counter,
     expirations: Counter,
     version_aborts: Counter,
@@ -55,6 +88,11 @@ impl Counters {
         Self {
             reports: ["accepted", "refused", "unknown"]
                 .map(|result| counter!("trimtab_reports_total", "source" => "push", "result" => result)),
+            pulls: ["http", "orca", "agent-check"].map(|source| {
+                PullResult::ALL.map(
+                    |result| counter!("trimtab_reports_total", "source" => source, "result" => result.name()),
+                )
+            }),
             registrations: counter!("trimtab_registrations_total"),
             expirations: counter!("trimtab_leases_expired_total"),
             version_aborts: counter!("trimtab_version_aborts_total"),
@@ -114,6 +152,10 @@ impl Metrics {
 
     pub(crate) fn reported(&self, result: ReportResult) {
         self.counters.reports[result as usize].increment(1);
+    }
+
+    pub(crate) fn pulled(&self, source: PullSource, result: PullResult) {
+        self.counters.pulls[source as usize][result as usize].increment(1);
     }
 
     pub(crate) fn registered(&self) {

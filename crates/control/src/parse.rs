@@ -3,11 +3,14 @@
 use std::time::Duration;
 
 use allocation::{IdError, PoolName, ResourceId};
+use api::orca::OrcaLoadReport;
 use api::v1::{self, Readiness as WireReadiness};
 use registry::{
     Labels, LabelsError, RawRegistration, RawUtilization, Readiness, Registration, RegistrationError, Report,
     ResourceState, ResourceStatus, Standing, Utilization, UtilizationError, VersionStatus,
 };
+
+use crate::pull::{Script, ScriptError};
 
 /// Why a message was refused before the registry saw it. Always the fault of whoever sent it.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +31,8 @@ pub(crate) enum MessageError {
     Labels(#[from] LabelsError),
     #[error(transparent)]
     Registration(#[from] RegistrationError),
+    #[error(transparent)]
+    Script(#[from] ScriptError),
 }
 
 /// Why the payload of a report was refused.
@@ -43,8 +48,17 @@ pub(crate) enum PayloadError {
     Labels(#[from] LabelsError),
 }
 
-pub(crate) fn registration(request: v1::RegisterRequest) -> Result<Registration, MessageError> {
+/// What registers, and its utilization script with the message that it came as.
+pub(crate) type Registering = (Registration, Option<(Script, v1::UtilizationScript)>);
+
+pub(crate) fn registration(request: v1::RegisterRequest) -> Result<Registering, MessageError> {
     let resource = request.resource.ok_or(MessageError::NoResource)?;
+    let now = chrono::Utc::now();
+    let script = resource.utilization_script.map(|wire| {
+        let wire = v1::UtilizationScript { status: None, ..wire };
+        Script::parse(&wire, now).map(|script| (script, wire))
+    });
+    let script = script.transpose()?;
     let interval = request.report_interval.map(Duration::try_from).transpose();
     let raw = RawRegistration {
         id: resource.id,
@@ -58,8 +72,9 @@ pub(crate) fn registration(request: v1::RegisterRequest) -> Result<Registration,
         report_interval: interval.map_err(|_| MessageError::NegativeInterval)?,
         probe_address: resource.probe_address,
         notify_url: resource.notify_url,
+        pulled_every: script.as_ref().map(|(script, _)| script.when.every(now)),
     };
-    Ok(Registration::parse(raw)?)
+    Ok((Registration::parse(raw)?, script))
 }
 
 pub(crate) fn resource_id(text: &str) -> Result<ResourceId, MessageError> {
@@ -70,17 +85,19 @@ pub(crate) fn pool_name(text: &str) -> Result<PoolName, MessageError> {
     text.parse().map_err(MessageError::Pool)
 }
 
-/// The report of the resource that the stream is of.
-pub(crate) fn report(id: &ResourceId, request: v1::ReportRequest) -> Result<Report, PayloadError> {
-    let readiness = match WireReadiness::try_from(request.readiness) {
-        Ok(WireReadiness::Unspecified | WireReadiness::Ready) => Readiness::Ready,
-        Ok(WireReadiness::NotReady) => Readiness::NotReady,
-        Err(_) => return Err(PayloadError::Readiness(request.readiness)),
-    };
-    let orca = request.utilization.ok_or(PayloadError::NoUtilization)?;
+pub(crate) fn readiness(wire: i32) -> Result<Readiness, PayloadError> {
+    match WireReadiness::try_from(wire) {
+        Ok(WireReadiness::Unspecified | WireReadiness::Ready) => Ok(Readiness::Ready),
+        Ok(WireReadiness::NotReady) => Ok(Readiness::NotReady),
+        Err(_) => Err(PayloadError::Readiness(wire)),
+    }
+}
+
+/// ORCA's message, unchecked yet.
+pub(crate) fn raw_utilization(orca: OrcaLoadReport) -> RawUtilization {
     #[expect(deprecated, reason = "older reporters fill the deprecated field only")]
     let whole_rate = orca.rps as f64;
-    let raw = RawUtilization {
+    RawUtilization {
         cpu: orca.cpu_utilization,
         memory: orca.mem_utilization,
         application: orca.application_utilization,
@@ -88,16 +105,25 @@ pub(crate) fn report(id: &ResourceId, request: v1::ReportRequest) -> Result<Repo
         rate: if orca.rps_fractional == 0.0 { whole_rate } else { orca.rps_fractional },
         errors: orca.eps,
         metrics: orca.named_metrics.into_iter().collect(),
-    };
-    let utilization = Utilization::parse(raw)?;
-    let labels = request.labels.map(|labels| registry::parse_labels(labels.entries.into_iter().collect()));
+    }
+}
+
+pub(crate) fn reported_labels(labels: Option<v1::Labels>) -> Result<Option<Labels>, LabelsError> {
+    labels.map(|labels| registry::parse_labels(labels.entries.into_iter().collect())).transpose()
+}
+
+/// The report of the resource that the stream is of.
+pub(crate) fn report(id: &ResourceId, request: v1::ReportRequest) -> Result<Report, PayloadError> {
+    let readiness = readiness(request.readiness)?;
+    let orca = request.utilization.ok_or(PayloadError::NoUtilization)?;
+    let utilization = Utilization::parse(raw_utilization(orca))?;
     Ok(Report {
         id: id.clone(),
         incarnation: request.incarnation,
         readiness,
         utilization,
         balancers: request.balancers,
-        labels: labels.transpose()?,
+        labels: reported_labels(request.labels)?,
     })
 }
 
@@ -183,6 +209,7 @@ fn wire_resource(registration: &Registration, labels: &Labels) -> v1::Resource {
         weight: f64::from(registration.weight()),
         probe_address: registration.probe_address().map(|address| address.to_string()).unwrap_or_default(),
         notify_url: registration.notify_url().unwrap_or_default().to_owned(),
+        utilization_script: None,
     }
 }
 

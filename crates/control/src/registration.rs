@@ -19,6 +19,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::beneath::BeneathError;
 use crate::metrics::ReportResult;
 use crate::parse::{self, MessageError};
+use crate::pull::Puller;
 use crate::{Phase, Shared, reached};
 
 /// Events to one resource that wait for it to read them. A resource that reads nothing is not read from either.
@@ -51,8 +52,13 @@ impl RegistrationService for Registrar {
     ) -> Result<Response<v1::RegisterResponse>, Status> {
         let mut request = request.into_inner();
         let beneath = std::mem::take(&mut request.beneath);
-        let registration = parse::registration(request).map_err(invalid)?;
+        let (registration, script) = parse::registration(request).map_err(invalid)?;
         let shared = &self.shared;
+        if let Some((script, _)) = &script {
+            let judged = shared.puller.judge(&registration, script);
+            judged.map_err(|error| Status::permission_denied(error.to_string()))?;
+        }
+        let followed = registration.clone();
         let (id, pool, address) =
             (registration.id().clone(), registration.pool().clone(), registration.address());
         shared.say_beneath(&id, beneath)?;
@@ -63,10 +69,12 @@ impl RegistrationService for Registrar {
             shared.metrics.registered();
             tracing::info!(resource = %id, %pool, %address, "registered");
         }
+        let first_pull = Puller::follow(shared, followed, script).await;
         Ok(Response::new(v1::RegisterResponse {
             balancer_id: shared.balancer_id.clone(),
             lease: Some(parse::wire_duration(registered.lease)),
             created: registered.created,
+            first_pull,
         }))
     }
 
@@ -108,6 +116,7 @@ impl RegistrationService for Registrar {
                 DeregisterError::OlderIncarnation { .. } => Status::aborted(error.to_string()),
             })?;
         if removed {
+            self.shared.puller.forget(&self.shared.registry, &id);
             self.shared.changed.notify_one();
             tracing::info!(resource = %id, "deregistered");
         }
@@ -202,6 +211,11 @@ impl Reports<'_> {
             let (taken, failed) = self.shared.notices.took(id, std::mem::take(&mut request.notices_taken));
             metrics.notices_taken(taken, failed);
         }
+        if request.utilization.is_none()
+            && let Some(standing) = self.take_renewal(id, &request)?
+        {
+            return Ok(parse::ack(sequence, &standing, String::new()));
+        }
         match parse::report(id, request) {
             Ok(report) => {
                 let standing = registry.report(report, clock.now()).map_err(|error| {
@@ -219,6 +233,30 @@ impl Reports<'_> {
                 Ok(parse::ack(sequence, &standing, error.to_string()))
             }
         }
+    }
+
+    /// A report without utilization, of a resource whose utilization is pulled; `None`: it is no such one, or it is wrong.
+    fn take_renewal(
+        &self,
+        id: &ResourceId,
+        request: &v1::ReportRequest,
+    ) -> Result<Option<registry::Standing>, Status> {
+        let Shared { registry, metrics, clock, changed, puller, .. } = self.shared;
+        let (Ok(readiness), Ok(labels)) =
+            (parse::readiness(request.readiness), parse::reported_labels(request.labels.clone()))
+        else {
+            return Ok(None);
+        };
+        let Some(renewal) = puller.renewal(id, request.incarnation, readiness, labels) else {
+            return Ok(None);
+        };
+        let standing = registry.renew(renewal, clock.now()).map_err(|error| {
+            metrics.reported(ReportResult::Unknown);
+            report_refused(error)
+        })?;
+        metrics.reported(ReportResult::Accepted);
+        changed.notify_one();
+        Ok(Some(standing))
     }
 
     async fn send(&self, event: Event) -> Result<(), Status> {

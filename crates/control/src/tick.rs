@@ -46,6 +46,7 @@ fn step(shared: &Shared) {
             resource = %gone.id(), pool = %gone.pool(), lease = ?gone.lease(),
             "no report within the lease: the resource gets no new flows until it registers again"
         );
+        shared.puller.forget(&shared.registry, gone.id());
         shared.metrics.expired();
     }
     for rebuilt in shared.registry.rebuild(now) {

@@ -42,7 +42,7 @@ pub use offer::Offer;
 pub use registration::{RawRegistration, Registration, RegistrationError};
 pub use registry::{
     CapabilityError, DeregisterError, ProbeTargets, Readiness, Rebuilt, RegisterError, Registered, Registry,
-    Report, ReportError, ShareError, UnknownPool, UnknownResource,
+    Renewal, Report, ReportError, ShareError, UnknownPool, UnknownResource,
 };
 pub use requirement::{Requirement, RequirementError, Requirements, Test};
 pub use sides::VersionStatus;

@@ -370,6 +370,15 @@ impl Pool {
         refused
     }
 
+    /// What a resource says of itself between reports.
+    pub(crate) fn set_ready(&mut self, slot: usize, ready: bool) {
+        if self.columns.ready[slot] != ready {
+            self.columns.ready[slot] = ready;
+            self.columns.decide(slot);
+            self.dirty = true;
+        }
+    }
+
     pub(crate) fn set_drained(&mut self, slot: usize, drained: bool) {
         self.dirty |= self.columns.drained[slot] != drained;
         self.columns.drained[slot] = drained;

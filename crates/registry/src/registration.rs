@@ -19,6 +19,10 @@ const INTERVAL_MAX: Duration = Duration::from_secs(3600);
 const INTERVAL_DEFAULT: Duration = Duration::from_secs(1);
 /// A shorter lease would expire by one lost packet and its retransmission.
 const LEASE_MIN: Duration = Duration::from_secs(3);
+/// Nobody registers a resource again that does nothing but be fetched from: its exporter's restart must not cost it its place.
+const PULLED_LEASE_MIN: Duration = Duration::from_secs(60);
+/// Schedules may be rare. A longer gap than a month is taken for a month.
+const PULLED_EVERY_MAX: Duration = Duration::from_secs(31 * 24 * 3600);
 /// Reports in a row that may be missed.
 const MISSED_MAX: u32 = 3;
 
@@ -47,6 +51,8 @@ pub struct RawRegistration {
     pub probe_address: String,
     /// Where notices are posted to: an `http` or `https` URL; empty: nowhere.
     pub notify_url: String,
+    /// How often its utilization is fetched; `None`: it is not, the resource reports.
+    pub pulled_every: Option<Duration>,
 }
 
 /// A resource's registration. It can only be had from [`Registration::parse`], so every bound holds.
@@ -63,6 +69,9 @@ pub struct Registration {
     report_interval: Duration,
     probe_address: Option<SocketAddr>,
     notify_url: Option<Box<str>>,
+    pulled_every: Option<Duration>,
+    /// Whether it said how often it reports.
+    reports: bool,
 }
 
 /// Why a registration was refused. Always the fault of the resource that sent it (or of whoever configured it).
@@ -163,7 +172,16 @@ impl Registration {
             report_interval,
             probe_address,
             notify_url,
+            pulled_every: raw.pulled_every.map(|every| every.min(PULLED_EVERY_MAX)),
+            reports: raw.report_interval.is_some() || raw.pulled_every.is_none(),
         })
+    }
+
+    /// The same with another weight and limit of flows, as the resource asked for since: HAProxy's agent-check can.
+    #[must_use]
+    pub fn amended(&self, weight: f32, flows_max: u32) -> Self {
+        let weight = weight.clamp(WEIGHT_MIN as f32, WEIGHT_MAX as f32);
+        Self { weight, flows_max, ..self.clone() }
     }
 
     /// Which resource it is.
@@ -221,14 +239,22 @@ impl Registration {
         self.notify_url.as_deref()
     }
 
+    /// How often its utilization is fetched; `None`: it is not.
+    pub fn pulled_every(&self) -> Option<Duration> {
+        self.pulled_every
+    }
+
     /// How long it stays registered without a report.
     pub fn lease(&self) -> Duration {
-        self.stale_after().max(LEASE_MIN)
+        if self.reports {
+            return (self.report_interval * MISSED_MAX).max(LEASE_MIN);
+        }
+        self.stale_after().max(PULLED_LEASE_MIN)
     }
 
     /// Age from which its last report no longer moves its weight.
     pub fn stale_after(&self) -> Duration {
-        self.report_interval * MISSED_MAX
+        self.pulled_every.unwrap_or(self.report_interval) * MISSED_MAX
     }
 }
 
@@ -302,6 +328,16 @@ mod tests {
         assert_eq!(parsed.lease(), Duration::from_secs(3));
         let slow = RawRegistration { report_interval: Some(Duration::from_secs(10)), ..raw() };
         assert_eq!(Registration::parse(slow).unwrap().lease(), Duration::from_secs(30));
+        let pulled = RawRegistration { pulled_every: Some(Duration::from_secs(10)), ..raw() };
+        let pulled_parsed = Registration::parse(pulled.clone()).unwrap();
+        assert_eq!(
+            (pulled_parsed.lease(), pulled_parsed.stale_after()),
+            (Duration::from_secs(60), Duration::from_secs(30))
+        );
+        let both = RawRegistration { report_interval: Some(Duration::from_secs(2)), ..pulled };
+        let both = Registration::parse(both).unwrap();
+        assert_eq!((both.lease(), both.stale_after()), (Duration::from_secs(6), Duration::from_secs(30)));
+        assert_eq!((both.amended(0.5, 7).weight(), both.amended(0.5, 7).flows_max()), (0.5, 7));
         let quick = RawRegistration { report_interval: Some(Duration::from_millis(100)), ..raw() };
         assert_eq!(Registration::parse(quick).unwrap().lease(), Duration::from_secs(3));
     }

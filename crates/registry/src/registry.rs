@@ -51,6 +51,19 @@ pub struct Report {
     pub labels: Option<Labels>,
 }
 
+/// A sign of life without utilization, of a resource whose utilization is fetched.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Renewal {
+    /// Whose.
+    pub id: ResourceId,
+    /// Of which incarnation.
+    pub incarnation: u64,
+    /// Whether it wants new flows.
+    pub readiness: Readiness,
+    /// All of its labels from now on; `None`: as they were.
+    pub labels: Option<Labels>,
+}
+
 /// A registration that was accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Registered {
@@ -471,6 +484,43 @@ impl Registry {
         pool.renew(entry.slot, entry.registration.lease(), now);
         entry.utilization = Some(Arc::new(report.utilization));
         Ok(standing(&pool, &entry))
+    }
+
+    /// Renews the lease of a resource whose utilization comes otherwise, and takes in what else it says.
+    ///
+    /// # Errors
+    /// See [`ReportError`]; nothing has changed then.
+    pub fn renew(&self, renewal: Renewal, now: Timestamp) -> Result<Standing, ReportError> {
+        let Some(mut entry) = self.resources.get_mut(&renewal.id) else {
+            return Err(ReportError::NotRegistered { id: renewal.id });
+        };
+        let registered = entry.registration.incarnation();
+        if registered != renewal.incarnation {
+            return Err(ReportError::OtherIncarnation {
+                id: renewal.id,
+                registered,
+                given: renewal.incarnation,
+            });
+        }
+        if let Some(labels) = renewal.labels.filter(|labels| *labels != entry.own_labels) {
+            entry.own_labels = labels;
+            self.refit(&mut entry);
+        }
+        let mut pool = self.lock(entry.pool);
+        pool.set_ready(entry.slot, renewal.readiness == Readiness::Ready);
+        pool.renew(entry.slot, entry.registration.lease(), now);
+        Ok(standing(&pool, &entry))
+    }
+
+    /// A resource's registration, and the flows that were opened to it since.
+    pub fn registered(&self, id: &ResourceId) -> Option<(Arc<Registration>, u64)> {
+        let entry = self.resources.get(id)?;
+        Some((Arc::clone(&entry.registration), entry.live.flows_opened()))
+    }
+
+    /// Of its newest accepted report, by dimension.
+    pub fn utilization(&self, id: &ResourceId) -> Option<Arc<Utilization>> {
+        self.resources.get(id)?.utilization.clone()
     }
 
     /// Counts a report that did not parse, and gives the resource's standing. The lease is neither renewed nor cut.

@@ -1,4 +1,4 @@
-//! The commands that ask a running balancer: `resources`, `pools`, `explain`, `drain`, `ready`.
+//! The commands that ask a running balancer: `resources`, `pools`, `explain`, `drain`, `ready`, `pull`.
 //!
 //! Owns: the connection to control, its failures in words, tables and JSON.
 //! Does not own: what the answers mean; control decides that.
@@ -23,7 +23,10 @@ use crate::failure::Failure;
 use crate::output::print;
 
 pub mod notify;
+mod pull;
 mod view;
+
+pub use pull::{ScriptView, pull};
 
 pub use view::{
     CandidateView, CapabilitiesView, DecisionView, ExplainView, GuardView, LeftOutView, LookView, PoolView,
@@ -170,7 +173,7 @@ impl Admin {
 }
 
 /// The cause at the bottom: `Connection refused`, not `transport error`.
-fn innermost(error: &dyn std::error::Error) -> String {
+pub(crate) fn innermost(error: &dyn std::error::Error) -> String {
     let mut deepest = error.to_string();
     let mut next = error.source();
     while let Some(error) = next {
@@ -181,7 +184,7 @@ fn innermost(error: &dyn std::error::Error) -> String {
 }
 
 /// Runs one question to its end on this thread.
-fn ask<T>(question: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+pub(crate) fn ask<T>(question: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -189,7 +192,11 @@ fn ask<T>(question: impl Future<Output = Result<T, Failure>>) -> Result<T, Failu
     runtime.block_on(question)
 }
 
-fn show<T: Serialize>(output: Output, value: &T, table: impl FnOnce(&T) -> String) -> Result<(), Failure> {
+pub(crate) fn show<T: Serialize>(
+    output: Output,
+    value: &T,
+    table: impl FnOnce(&T) -> String,
+) -> Result<(), Failure> {
     match output {
         Output::Table => print(&table(value)),
         Output::Json => {

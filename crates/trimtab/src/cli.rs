@@ -7,11 +7,14 @@ use std::time::Duration;
 use allocation::{Policy, ResourceId};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use script::{ScriptArgs, read_mapping};
+
 use crate::config::{Engine, above_zero, parse_policy, zero_disables};
 use crate::problem::Problem;
 use crate::units::{ListenAddress, parse_address, parse_bandwidth, parse_duration};
 
 pub mod notify;
+mod script;
 
 const EXAMPLES: &str = "\
 Try it:
@@ -77,6 +80,12 @@ pub enum Command {
     Ready(ResourceArgs),
     /// Tell resources something: that the balancer will be away, to shut down, to move connections away.
     Notify(notify::NotifyArgs),
+    /// Execute a resource's utilization script now, and say what came of it.
+    Pull(ResourceArgs),
+    /// Register a resource that has no agent: the balancer fetches its utilization by a script.
+    Register(RegisterArgs),
+    /// Remove a resource.
+    Deregister(ResourceArgs),
     /// Run a balancer, three services with agents and a gentle load on this machine; prints what to try.
     Demo(DemoArgs),
     /// One of the demo's services.
@@ -207,9 +216,44 @@ pub struct AgentArgs {
     /// Do not check that the service answers at its address.
     #[arg(long)]
     pub no_check: bool,
+    /// Have the balancer fetch the utilization; the agent then says only whether the service answers.
+    #[command(flatten)]
+    pub script: ScriptArgs,
     /// Leave when stdin ends.
     #[arg(long, hide = true)]
     pub with_parent: bool,
+}
+
+/// `register`.
+#[derive(Debug, Args)]
+pub struct RegisterArgs {
+    /// The pool to join, by its name in the balancer's configuration.
+    #[arg(long)]
+    pub pool: String,
+    /// Where the resource serves: IP:PORT, as the balancer reaches it.
+    #[arg(long, value_name = "IP:PORT", value_parser = parse_backend)]
+    pub address: SocketAddr,
+    /// The resource's identity, unique within the balancer. [default: host name and address]
+    #[arg(long, value_parser = parse_id)]
+    pub id: Option<ResourceId>,
+    /// What the resource is or can do: KEY=VALUE, or KEY for KEY=true. Repeat it for more.
+    #[arg(long, value_name = "KEY[=VALUE]", value_parser = parse_label)]
+    pub label: Vec<(String, String)>,
+    /// The version of the service, for people and for requirements.
+    #[arg(long, value_name = "VERSION", default_value = "", hide_default_value = true)]
+    pub version_of_service: String,
+    /// Most connections that it takes from one balancer at once; 0: no limit.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub flows_max: u32,
+    /// What it can bear, compared with the others of its pool, before any report says so. Above 0, up to 1000.
+    #[arg(long, default_value_t = 1.0, value_name = "N", value_parser = parse_weight)]
+    pub weight: f64,
+    /// How its utilization is fetched.
+    #[command(flatten)]
+    pub script: ScriptArgs,
+    /// Whom to ask and how to print.
+    #[command(flatten)]
+    pub admin: AdminArgs,
 }
 
 /// What all commands that ask a balancer take.

@@ -23,6 +23,7 @@ use reader::{Reader, Section, boolean, decimal, integer, text, texts};
 
 mod notices;
 mod pool;
+mod pull;
 mod reader;
 mod upstream;
 
@@ -51,6 +52,8 @@ const CONNECT_RETRIES_MAX: u64 = 7;
 pub struct Config {
     /// gRPC: registration and administration.
     pub control: EndpointConfig,
+    /// Executing utilization scripts.
+    pub pull: control::PullConfig,
     /// Metrics and probes.
     pub http: EndpointConfig,
     /// Moving bytes.
@@ -231,8 +234,9 @@ impl Config {
         let broken = reader.is_broken();
         let mut root = reader.root(table);
         let mut bound = Bound::default();
-        let control =
-            read_endpoint(root.section("control"), CONTROL_LISTEN_DEFAULT, &LATER_CONTROL, &mut bound);
+        let mut section = root.section("control");
+        let pull = pull::read(section.section("pull"));
+        let control = read_endpoint(section, CONTROL_LISTEN_DEFAULT, &LATER_CONTROL, &mut bound);
         let http = read_endpoint(root.section("http"), HTTP_LISTEN_DEFAULT, &["tls"], &mut bound);
         let dataplane = read_dataplane(root.section("dataplane"));
         let decisions = read_decisions(root.section("decisions"));
@@ -250,7 +254,7 @@ impl Config {
         }
         root.finish(&LATER_ROOT);
         let (pools, listeners) = both?;
-        Some(Self { control, http, dataplane, decisions, notices, pools, listeners, upstreams })
+        Some(Self { control, pull, http, dataplane, decisions, notices, pools, listeners, upstreams })
     }
 }
 

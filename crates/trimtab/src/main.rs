@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use trimtab::cli::{Cli, Command};
-use trimtab::{admin, check, demo, failure, logging, proxy, serve, sidecar};
+use trimtab::{admin, check, demo, failure, logging, proxy, register, serve, sidecar};
 
 /// A command line becomes a command; the command runs to its end; how it ended becomes the exit code.
 fn main() -> ExitCode {
@@ -26,6 +26,9 @@ fn main() -> ExitCode {
         Command::Drain(args) => admin::drain(&args),
         Command::Ready(args) => admin::ready(&args),
         Command::Notify(args) => admin::notify::run(&args),
+        Command::Pull(args) => admin::pull(&args),
+        Command::Register(args) => register::register(&args),
+        Command::Deregister(args) => register::deregister(&args),
         Command::Demo(args) => demo::run(&args),
         Command::DemoService(args) => demo::service::run(args),
     });

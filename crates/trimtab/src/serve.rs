@@ -174,6 +174,7 @@ fn control_config(config: &Config, pools: &Pools, bound: &Bound) -> ControlConfi
         alternatives: config.notices.alternatives.clone(),
         maintenance: config.notices.maintenance.clone(),
         decision_log: config.decisions.log.clone(),
+        pull: config.pull.clone(),
     }
 }
 

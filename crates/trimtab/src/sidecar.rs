@@ -64,6 +64,7 @@ fn configuration(args: AgentArgs) -> Result<AgentConfig, Failure> {
         flows_max: args.flows_max,
         weight: args.weight,
         notify_url: args.notify_url,
+        utilization_script: args.script.to_wire()?,
         ..Resource::default()
     };
     let mut config = AgentConfig::new(balancers, resource);

@@ -38,15 +38,35 @@ const RULES: &[Rule] = &[
         may: &["trimtab-allocation"],
         never: &["tokio", "tonic", "io-uring"],
     },
+    // Forms of others, read and written: pure, and so shared by the two shells.
+    Rule {
+        package: "trimtab-formats",
+        may: &[],
+        never: &["tokio", "tonic", "io-uring", "tokio-uring", "libc", "rustix"],
+    },
+    // A bounded GET, which both shells need.
+    Rule { package: "trimtab-fetch", may: &[], never: &["tonic", "io-uring", "openssl", "aws-lc-rs"] },
     Rule { package: "trimtab-store", may: &[], never: &["tonic", "io-uring"] },
     Rule { package: "trimtab-discovery", may: &[], never: &["tonic", "io-uring"] },
     Rule { package: "trimtab-api", may: &[], never: &["io-uring"] },
     Rule {
         package: "trimtab-control",
-        may: &["trimtab-registry", "trimtab-store", "trimtab-discovery", "trimtab-api", "trimtab-allocation"],
+        may: &[
+            "trimtab-registry",
+            "trimtab-store",
+            "trimtab-discovery",
+            "trimtab-api",
+            "trimtab-allocation",
+            "trimtab-fetch",
+            "trimtab-formats",
+        ],
         never: &["io-uring"],
     },
-    Rule { package: "trimtab-agent", may: &["trimtab-api", "trimtab-discovery"], never: &["io-uring"] },
+    Rule {
+        package: "trimtab-agent",
+        may: &["trimtab-api", "trimtab-discovery", "trimtab-fetch", "trimtab-formats"],
+        never: &["io-uring"],
+    },
     Rule {
         package: "trimtab",
         may: &[
@@ -56,7 +76,9 @@ const RULES: &[Rule] = &[
             "trimtab-control",
             "trimtab-dataplane",
             "trimtab-discovery",
+            "trimtab-fetch",
             "trimtab-flow",
+            "trimtab-formats",
             "trimtab-registry",
             "trimtab-store",
             "trimtab-uring",

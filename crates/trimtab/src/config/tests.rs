@@ -28,6 +28,7 @@ fn the_least_file_takes_every_default() {
         config,
         Config {
             control: loopback(7400),
+            pull: control::PullConfig::default(),
             http: loopback(7480),
             dataplane: DataplaneConfig::default(),
             decisions: DecisionsConfig::default(),
@@ -63,6 +64,25 @@ fn the_example_has_every_key_at_its_default() {
     let mut present = BTreeSet::new();
     add_keys("", document.get_ref(), &mut present);
     assert_eq!(&present, reader.asked());
+}
+
+#[test]
+fn where_utilization_scripts_may_point() {
+    let file = "[control.pull]\nallow = [\"10.0.0.0/8\", \"fd00::1\", \"Metrics.Example\"]\nat_once = 7\nca = \"ca.pem\"";
+    let pull = Config::parse(with_a_listener(file).as_bytes()).expect("a good file").pull;
+    let allow: Vec<String> = pull.allow.iter().map(ToString::to_string).collect();
+    assert_eq!(allow, ["10.0.0.0/8", "fd00::1/128", "metrics.example"]);
+    assert_eq!((pull.at_once, pull.ca), (7, Some("ca.pem".into())));
+    let wrong = "[control.pull]\nallow = [\"10.0.0.0/33\"]\nat_once = 0\nca = 1\nredirects = true";
+    let errors = errors(&with_a_listener(wrong));
+    for expected in [
+        "f:2:9: error: `control.pull.allow`: \"10.0.0.0/33\" is neither a network (10.0.0.0/8), an address nor a host name",
+        "f:3:11: error: `control.pull.at_once`: 0 is out of range",
+        "f:4:6: error: `control.pull.ca`: this is an integer, not a text",
+        "f:5:1: error: there is no key `control.pull.redirects`",
+    ] {
+        assert!(errors.contains(expected), "{expected}\n{errors}");
+    }
 }
 
 /// Full names of all keys of a table, and of the first of each list of tables.
@@ -539,7 +559,7 @@ fn bytes_that_are_not_text() {
 fn columns_count_characters() {
     assert_eq!(
         errors(&with_a_listener("[control]\n\"ключ\" = 1")),
-        "f:2:1: error: there is no key `control.ключ`\n  hint: there are insecure, listen\n"
+        "f:2:1: error: there is no key `control.ключ`\n  hint: there are pull, insecure, listen\n"
     );
     assert_eq!(
         errors(&with_a_listener("http = { \"ü\" = 1, listen = 2 }")),
