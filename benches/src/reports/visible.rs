@@ -133,6 +133,7 @@ fn serve(
         origin: Instant::now(),
         limits: Limits { resources_max: 100_000, ..Limits::default() },
         decision_log: None,
+        providers: Vec::new(),
     };
     runtime.block_on(async {
         let control = Control::bind(config).await?;

@@ -4,6 +4,7 @@
 //! gRPC  RegistrationService, AdminService  -> registry::Registry       parsed at the first line of each handler
 //! tick  Registry::expire, ::rebuild        -> allocation::Publisher    woken by changes and by the next deadline
 //! HTTP  /metrics /livez /readyz            <- Registry, DataplaneView  read when asked
+//! Provider  an orchestrator's resources    -> registry::Registry       followed by its events
 //! ```
 //!
 //! * It owns the sockets of control, the tick and the process's [`Phase`] as others see it. It does not own the
@@ -23,6 +24,7 @@ mod http;
 mod metrics;
 mod parse;
 mod prober;
+mod provider;
 mod registration;
 mod tick;
 
@@ -38,6 +40,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::clock::Clock;
 use crate::metrics::Metrics;
+pub use crate::provider::{DockerConfig, DockerEndpoint, ProviderConfig, ProviderKind};
 
 /// Where the process is in its life. One for all of it: whoever changes it tells everyone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -106,6 +109,8 @@ pub struct ControlConfig {
     pub limits: Limits,
     /// Where the sample of selections goes that the dataplane takes; `None`: nowhere.
     pub decision_log: Option<DecisionLog>,
+    /// Orchestration layers whose resources join by themselves, each with another name.
+    pub providers: Vec<ProviderConfig>,
 }
 
 /// Why control cannot start: the operator's to mend.
@@ -180,6 +185,8 @@ struct Shared {
     metrics: Metrics,
     dataplane: Arc<dyn DataplaneView>,
     phase: watch::Receiver<Phase>,
+    /// Ids that agents may not use.
+    reserved: provider::Reserved,
 }
 
 /// Control with its sockets bound, before it serves.
@@ -250,14 +257,20 @@ impl Control {
             metrics: Metrics::new(&config.version),
             dataplane: config.dataplane,
             phase: phase.clone(),
+            reserved: provider::Reserved::of(&config.providers),
         });
         tick::start(Arc::clone(&shared))?;
         let http = tokio::spawn(http::serve(self.http, Arc::clone(&shared)));
         let prober = tokio::spawn(prober::run(Arc::clone(&shared)));
         let log =
             self.decision_log.map(|writer| tokio::spawn(decision_log::run(writer, Arc::clone(&shared))));
+        let providers: Vec<_> = config
+            .providers
+            .into_iter()
+            .map(|of| tokio::spawn(provider::run(Arc::clone(&shared), of)))
+            .collect();
         let served = grpc::serve(self.grpc, shared).await;
-        for task in [http, prober].into_iter().chain(log) {
+        for task in [http, prober].into_iter().chain(log).chain(providers) {
             task.abort();
         }
         served

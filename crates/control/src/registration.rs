@@ -49,6 +49,7 @@ impl RegistrationService for Registrar {
     ) -> Result<Response<v1::RegisterResponse>, Status> {
         let registration = parse::registration(request.into_inner()).map_err(invalid)?;
         let shared = &self.shared;
+        shared.reserved.refuse(registration.id())?;
         let (id, pool, address) =
             (registration.id().clone(), registration.pool().clone(), registration.address());
         let registered =
@@ -98,6 +99,7 @@ impl RegistrationService for Registrar {
     ) -> Result<Response<v1::DeregisterResponse>, Status> {
         let request = request.into_inner();
         let id = parse::resource_id(&request.id).map_err(invalid)?;
+        self.shared.reserved.refuse(&id)?;
         let removed =
             self.shared.registry.deregister(&id, request.incarnation).map_err(|error| match error {
                 DeregisterError::OlderIncarnation { .. } => Status::aborted(error.to_string()),
@@ -128,6 +130,7 @@ impl Reports<'_> {
             return Ok(());
         };
         let id = parse::resource_id(&first.id).map_err(invalid)?;
+        self.shared.reserved.refuse(&id)?;
         let incarnation = first.incarnation;
         let mut rate = Rate::new(self.shared.clock.now());
         let mut phase = self.shared.phase.clone();

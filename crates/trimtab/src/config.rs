@@ -22,6 +22,7 @@ use crate::units::{ListenAddress, parse_address, parse_duration};
 use reader::{Reader, Section, boolean, decimal, integer, text, texts};
 
 mod pool;
+mod provider;
 mod reader;
 
 /// Where control listens unless told otherwise; the admin commands and agents look there too.
@@ -56,6 +57,8 @@ pub struct Config {
     pub pools: Vec<PoolConfig>,
     /// At least one, each of a pool in `pools`.
     pub listeners: Vec<ListenerConfig>,
+    /// Orchestration layers whose resources join by themselves.
+    pub providers: Vec<control::ProviderConfig>,
 }
 
 /// `[control]` or `[http]`.
@@ -222,6 +225,7 @@ impl Config {
         let pools = pool::read(&mut root);
         let known = pools.as_deref().filter(|_| !broken);
         let listeners = read_listeners(&mut root, known, &mut bound);
+        let providers = provider::read(&mut root, known);
         let both = pools.zip(listeners).map(|(mut pools, listeners)| {
             pool::add_tables(&mut pools, &listeners);
             (pools, listeners)
@@ -231,7 +235,7 @@ impl Config {
         }
         root.finish(&LATER_ROOT);
         let (pools, listeners) = both?;
-        Some(Self { control, http, dataplane, decisions, pools, listeners })
+        Some(Self { control, http, dataplane, decisions, pools, listeners, providers })
     }
 }
 
@@ -356,7 +360,7 @@ fn read_listeners(
             bound.claim(section.reader(), "listener.bind", bind.get_ref().0, bind.span().start);
         }
         if let (Some(pool), Some(pools)) = (&pool, pools)
-            && let Some(problem) = unknown_pool(pool.get_ref(), pools)
+            && let Some(problem) = unknown_pool("listener.pool", pool.get_ref(), pools)
         {
             section.reader().report(pool.span().start, problem);
         }
@@ -376,7 +380,7 @@ fn read_listeners(
     listeners.filter(|_| all)
 }
 
-fn unknown_pool(pool: &PoolName, pools: &[PoolConfig]) -> Option<Problem> {
+fn unknown_pool(key: &str, pool: &PoolName, pools: &[PoolConfig]) -> Option<Problem> {
     let names = || pools.iter().map(|known| known.name.as_str());
     if names().any(|name| name == pool.as_str()) {
         return None;
@@ -385,7 +389,7 @@ fn unknown_pool(pool: &PoolName, pools: &[PoolConfig]) -> Option<Problem> {
         Some(meant) => format!("did you mean \"{meant}\"?"),
         None => format!("add [[pool]] with name = \"{pool}\""),
     };
-    Some(Problem::new(format!("`listener.pool`: there is no pool {:?}", pool.as_str()), hint))
+    Some(Problem::new(format!("`{key}`: there is no pool {:?}", pool.as_str()), hint))
 }
 
 fn or<T>(value: Option<Spanned<T>>, default: T) -> T {

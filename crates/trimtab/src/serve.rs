@@ -170,6 +170,7 @@ fn control_config(config: &Config, pools: &Pools, bound: &Bound) -> ControlConfi
         origin: bound.origin(),
         limits: Limits { resources_max: RESOURCES_MAX, ..Limits::default() },
         decision_log: config.decisions.log.clone(),
+        providers: config.providers.clone(),
     }
 }
 

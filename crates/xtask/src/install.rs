@@ -25,7 +25,16 @@ const GROUPS: &[Group] = &[
     Group {
         name: "test",
         // prometheus brings promtool.
-        packages: &["postgresql-15", "postgresql-client-15", "prometheus", "iproute2", "curl"],
+        // docker.io brings the engine, its Swarm and containerd; busybox-static is the image of its test services.
+        packages: &[
+            "postgresql-15",
+            "postgresql-client-15",
+            "prometheus",
+            "iproute2",
+            "curl",
+            "docker.io",
+            "busybox-static",
+        ],
         wheels: &[],
     },
     Group {

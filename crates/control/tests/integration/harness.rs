@@ -80,6 +80,7 @@ pub(crate) fn config() -> (ControlConfig, Publisher) {
         origin: Instant::now(),
         limits: Limits { resources_max: 100, ..Limits::default() },
         decision_log: None,
+        providers: Vec::new(),
     };
     (config, publisher)
 }
