@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
@@ -127,12 +127,16 @@ impl Docker {
         self.kill_within(pid.trim());
     }
 
-    /// Kills by an id within the namespace.
+    /// Kills by an id within the namespace, and waits until it is gone: a signal is sent sooner than it works.
     #[track_caller]
     fn kill_within(&self, pid: &str) {
-        let mut command = self.within_namespaces();
-        let killed = command.args(["busybox", "kill", "-9", pid]).status().expect("nsenter is installed");
-        assert!(killed.success(), "kill -9 {pid}: {killed}");
+        let kill = |signal: &str| {
+            let mut command = self.within_namespaces();
+            let killed = command.args(["busybox", "kill", signal, pid]).stderr(Stdio::null()).status();
+            killed.expect("nsenter is installed").success()
+        };
+        assert!(kill("-9"), "there is no process {pid}");
+        until(&format!("process {pid} is gone"), || (!kill("-0")).then_some(()));
     }
 
     /// What `provider.endpoint` takes.

@@ -14,11 +14,10 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// What must take seconds may take so long on a machine that is busy with other things.
 const GENEROUS: Duration = Duration::from_secs(15);
 
-/// A balancer that follows this engine, and the listener of its pool `web`.
-fn balancer(docker: &Docker) -> (Balancer, SocketAddr) {
+/// A balancer that follows the engine that answers there, and the listener of its pool `web`.
+fn balancer(endpoint: &str) -> (Balancer, SocketAddr) {
     let mut config = BalancerConfig::default();
     let listener = config.add_pool("web", "");
-    let endpoint = docker.endpoint();
     config.further += &format!(
         "[[provider]]\nkind = \"docker\"\nendpoint = \"{endpoint}\"\npools = [\"web\"]\nreport_interval = \"500ms\"\n"
     );
@@ -66,11 +65,12 @@ fn let_clients_connect(clients: &Clients, count: usize) {
 #[test]
 fn a_swarm_service_is_balanced_to_with_no_connection_lost() {
     let docker = Docker::start(GREETER, &[]);
-    docker.run("swarm init --advertise-addr 127.0.0.1");
-    // Each task has an address of its own, which this host reaches.
-    docker.run("network create --scope swarm --driver bridge web-net");
     docker.inside(|| {
-        let (balancer, listener) = balancer(&docker);
+        let (balancer, listener) = balancer(&docker.endpoint());
+        // The node becomes a manager while it is followed.
+        docker.run("swarm init --advertise-addr 127.0.0.1");
+        // Each task has an address of its own, which this host reaches.
+        docker.run("network create --scope swarm --driver bridge web-net");
         let since = Instant::now();
         // With --init a container ends at SIGTERM at once, as services without manners do.
         docker.run(&format!(
@@ -132,9 +132,9 @@ fn a_swarm_service_is_balanced_to_with_no_connection_lost() {
 
 #[test]
 fn a_killed_container_costs_no_new_connection() {
-    let docker = Docker::start(GREETER, &[]);
+    let docker = Docker::start(GREETER, &["--host=tcp://127.0.0.1:2375", "--tls=false"]);
     docker.inside(|| {
-        let (balancer, listener) = balancer(&docker);
+        let (balancer, listener) = balancer("tcp://127.0.0.1:2375");
         for name in ["web1", "web2", "web3", "web4"] {
             docker.run(&format!(
                 "run --init --detach --name {name} --hostname {name} --label trimtab.pool=web {IMAGE}"
@@ -169,7 +169,7 @@ fn a_container_is_what_the_engine_says_of_it() {
     // Containers outlive the engine.
     let docker = Docker::start(GREETER, &["--live-restore"]);
     docker.inside(|| {
-        let (balancer, listener) = balancer(&docker);
+        let (balancer, listener) = balancer(&docker.endpoint());
         let state = |id: &str| balancer.resources().get(id).map(|resource| resource["state"].to_string());
         let wait_for = |id: &str, wanted: Option<&str>| {
             let wanted = wanted.map(|wanted| format!("\"{wanted}\""));

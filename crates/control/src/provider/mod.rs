@@ -26,9 +26,10 @@ use self::docker::Docker;
 use self::holder::Holder;
 use crate::Shared;
 
-/// Waits between two attempts to reach an orchestrator: from the first, doubled up to the second. Without jitter: an
+/// Waits between two attempts to reach an orchestrator: from the first, doubled up to the second, which is short because a
+/// refused connect costs next to nothing, and what comes or goes meanwhile is not seen. Without jitter: an
 /// orchestrator has few balancers, and they did not all lose it in the same millisecond.
-const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
 
 /// An orchestration layer whose resources join by themselves.
 #[derive(Debug, Clone, PartialEq, Eq)]

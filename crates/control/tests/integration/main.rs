@@ -4,4 +4,5 @@
 mod allocation;
 mod harness;
 mod operation;
+mod provider;
 mod registration;

@@ -300,10 +300,12 @@ impl Session<'_> {
             }
             "service" => {
                 self.holder.metrics.event("service");
+                self.heard_as_manager();
                 self.take_service_event(&actor.id, action, &actor.attributes);
             }
             "node" => {
                 self.holder.metrics.event("node");
+                self.heard_as_manager();
                 self.look();
             }
             // Not asked for.
@@ -403,7 +405,10 @@ impl Session<'_> {
             // An engine that does not answer this does not follow its containers either.
             Done::Ping(answer) => {
                 self.calls.pinging = false;
-                self.info = answer?;
+                let managed = std::mem::replace(&mut self.info, answer?).swarm.manages;
+                if self.info.swarm.manages && !managed {
+                    self.calls.ask_for_services();
+                }
             }
         }
         Ok(())
@@ -518,6 +523,13 @@ impl Session<'_> {
     fn look(&mut self) {
         if self.info.swarm.manages {
             self.looks.begin();
+        }
+    }
+
+    /// Only managers hear of services and nodes: one that did not know itself to be a manager has become one.
+    fn heard_as_manager(&mut self) {
+        if !self.info.swarm.manages {
+            self.calls.ping();
         }
     }
 
