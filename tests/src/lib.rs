@@ -4,12 +4,13 @@
 //! folder when it is dropped, and every process ends by itself when this one is killed. Nothing here sleeps in the hope
 //! that something has happened by then: [`until`] waits for a condition, and says what it waited for when it gives up.
 //!
-//! The scenarios are in `tests/tests`, one file for each group. They need PostgreSQL 15 and promtool (`cargo xtask
-//! install` brings both), and `cargo build --release -p trimtab`. What is missing fails the test and says so.
+//! The scenarios are in `tests/tests`, one file for each group. They need PostgreSQL 15, promtool and Docker's engine (`cargo
+//! xtask install` brings them), and `cargo build --release -p trimtab`. What is missing fails the test and says so.
 #![forbid(unsafe_code)]
 
 mod address;
 mod busy;
+mod docker;
 mod http;
 mod lab;
 mod metrics;
@@ -25,6 +26,7 @@ mod wait;
 
 pub use address::loopback;
 pub use busy::{Cgroup, write_utilization, write_whole};
+pub use docker::{Docker, IMAGE, IMAGE_PORT};
 pub use http::{HttpAnswer, get};
 pub use lab::{Lab, Member, POOL};
 pub use metrics::Metrics;

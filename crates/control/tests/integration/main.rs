@@ -5,4 +5,5 @@ mod allocation;
 mod harness;
 mod notices;
 mod operation;
+mod provider;
 mod registration;

@@ -205,7 +205,7 @@ pub(super) fn too_many_tables(pools: &[PoolConfig]) -> Option<Problem> {
     Some(Problem::new(message, format!("a pool takes {} beyond its own: use another pool", TABLES_MAX - 1)))
 }
 
-fn within(range: RangeInclusive<Duration>) -> impl FnOnce(&str) -> Result<Duration, Problem> {
+pub(super) fn within(range: RangeInclusive<Duration>) -> impl FnOnce(&str) -> Result<Duration, Problem> {
     move |text| {
         let duration = parse_duration(text)?;
         if range.contains(&duration) {

@@ -94,6 +94,16 @@ impl<'t> Section<'_, 't> {
         &self.path
     }
 
+    /// Byte offset of its header.
+    pub(super) fn start(&self) -> usize {
+        self.at
+    }
+
+    /// Whether it has this key, right or wrong.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.table.is_some_and(|table| table.contains_key(key))
+    }
+
     /// Whether the file has it.
     pub(super) fn is_there(&self) -> bool {
         self.table.is_some()

@@ -40,6 +40,7 @@ fn the_least_file_takes_every_default() {
                 requires: Requirements::default(),
             }],
             upstreams: Vec::new(),
+            providers: Vec::new(),
         }
     );
 }
@@ -500,7 +501,7 @@ fn single_errors() {
     for (head, expected) in [
         (
             "colour = 1",
-            "f:1:1: error: there is no key `colour`\n  hint: there are control, http, dataplane, decisions, notices, maintenance, pool, listener, upstream\n",
+            "f:1:1: error: there is no key `colour`\n  hint: there are control, http, dataplane, decisions, notices, maintenance, pool, listener, upstream, provider\n",
         ),
         (
             "[[control]]",
@@ -579,4 +580,67 @@ proptest::proptest! {
         bytes[at] = byte;
         let _ = Config::parse(&bytes);
     }
+}
+
+#[test]
+fn a_provider_needs_its_kind_and_no_more() {
+    use control::{DockerConfig, DockerEndpoint, ProviderConfig, ProviderKind};
+    let docker = |endpoint, address| ProviderKind::Docker(DockerConfig { endpoint, address });
+    let least = with_a_listener("[[provider]]\nkind = \"docker\"\n");
+    assert_eq!(
+        Config::parse(least.as_bytes()).expect("the least provider").providers,
+        [ProviderConfig {
+            name: "docker".into(),
+            pools: Vec::new(),
+            report_interval: Duration::from_secs(2),
+            keep: Duration::from_secs(600),
+            kind: docker(DockerEndpoint::Unix("/var/run/docker.sock".into()), None),
+        }]
+    );
+    let every = with_a_listener(
+        "[[provider]]\nkind = \"docker\"\nname = \"rack2\"\nendpoint = \"tcp://10.0.0.2:2375\"\ninsecure = true\n\
+         pools = [\"sql\"]\naddress = \"10.0.0.2\"\nreport_interval = \"500ms\"\nkeep = \"0s\"\n\
+         [[provider]]\nkind = \"docker\"\nendpoint = \"unix:///run/d.sock\"\n",
+    );
+    let providers = Config::parse(every.as_bytes()).expect("a good file").providers;
+    let tcp =
+        docker(DockerEndpoint::Tcp("10.0.0.2:2375".parse().unwrap()), Some("10.0.0.2".parse().unwrap()));
+    assert_eq!(
+        providers[0],
+        ProviderConfig {
+            name: "rack2".into(),
+            pools: vec!["sql".parse().unwrap()],
+            report_interval: Duration::from_millis(500),
+            keep: Duration::ZERO,
+            kind: tcp,
+        }
+    );
+    assert_eq!(providers[1].name, "docker");
+}
+
+#[test]
+fn every_problem_of_a_provider_has_its_place_and_a_hint() {
+    let file = with_a_listener(
+        "[[provider]]\nkind = \"nomad\"\nname = \"a:b\"\nendpoint = \"/run/d.sock\"\npools = [\"sqk\"]\n\
+         address = \"host\"\nreport_interval = \"1ms\"\nkeeps = \"1m\"\n\
+         [[provider]]\nname = \"docker\"\nendpoint = \"tcp://10.0.0.2:2375\"\n[[provider]]\nkind = \"docker\"\n",
+    );
+    assert_eq!(
+        errors(&file),
+        "f:2:8: error: `provider.kind`: there is no provider \"nomad\"\n  hint: write \"docker\"\n\
+         f:3:8: error: `provider.name`: \"a:b\" is no name of a provider\n  \
+         hint: write a short name of A-Z a-z 0-9 . _ and -, as \"docker\"\n\
+         f:4:12: error: `provider.endpoint`: \"/run/d.sock\" is neither unix:// nor tcp://\n  \
+         hint: write \"unix:///var/run/docker.sock\" or \"tcp://127.0.0.1:2375\"\n\
+         f:5:9: error: `provider.pools`: there is no pool \"sqk\"\n  hint: did you mean \"sql\"?\n\
+         f:6:11: error: `provider.address`: \"host\" is not an IP address\n  \
+         hint: write an address of the host without a port: \"10.0.0.9\"\n\
+         f:7:19: error: `provider.report_interval`: \"1ms\" is out of range\n  hint: write \"500ms\" to \"1m\"\n\
+         f:8:1: error: there is no key `provider.keeps`\n  hint: did you mean `keep`?\n\
+         f:9:1: error: `provider.kind` is missing\n  hint: add kind = \"docker\"\n\
+         f:11:12: error: `provider.endpoint`: 10.0.0.2:2375 is reached over the network in clear text\n  \
+         hint: use the Unix socket or a tunnel to loopback, or add insecure = true if the network is trusted\n\
+         f:12:1: error: there are two providers named \"docker\"\n  \
+         hint: the first is in line 10; give this one a name: name = \"docker2\"\n"
+    );
 }
