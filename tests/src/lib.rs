@@ -10,6 +10,7 @@
 
 mod address;
 mod busy;
+mod dns;
 mod http;
 mod lab;
 mod metrics;
@@ -24,6 +25,7 @@ mod wait;
 
 pub use address::loopback;
 pub use busy::{Cgroup, write_utilization, write_whole};
+pub use dns::{DnsKind, DnsServer, ZONE, dig, section as dns_section};
 pub use http::{HttpAnswer, get};
 pub use lab::{Lab, Member, POOL};
 pub use metrics::Metrics;

@@ -135,6 +135,7 @@ fn serve(
         alternatives: Vec::new(),
         maintenance: Vec::new(),
         decision_log: None,
+        dns: Default::default(),
     };
     runtime.block_on(async {
         let control = Control::bind(config).await?;

@@ -17,6 +17,7 @@ mod admin;
 mod beneath;
 mod clock;
 mod decision_log;
+mod dns;
 mod explain;
 mod grpc;
 mod guarded;
@@ -119,6 +120,8 @@ pub struct ControlConfig {
     pub maintenance: Vec<Maintenance>,
     /// Where the sample of selections goes that the dataplane takes; `None`: nowhere.
     pub decision_log: Option<DecisionLog>,
+    /// How publishing in DNS goes, to show it.
+    pub dns: discovery::Statuses,
 }
 
 /// Why control cannot start: the operator's to mend.
@@ -195,6 +198,7 @@ struct Shared {
     beneath: Beneath,
     dataplane: Arc<dyn DataplaneView>,
     phase: watch::Receiver<Phase>,
+    dns: discovery::Statuses,
 }
 
 /// Control with its sockets bound, before it serves.
@@ -276,6 +280,7 @@ impl Control {
             metrics: Metrics::new(&config.version),
             dataplane: config.dataplane,
             phase: phase.clone(),
+            dns: config.dns,
         });
         tick::start(Arc::clone(&shared))?;
         if let Some(offers) = self.offers {

@@ -11,7 +11,7 @@ use allocation::telemetry::{EngineSnapshot, HistogramSnapshot, ListenerSnapshot}
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use registry::{PoolStatus, ResourceState, ResourceStatus, VersionStatus};
 
-use self::text::Text;
+pub(crate) use self::text::Text;
 use crate::Shared;
 
 /// What became of a report.
@@ -144,6 +144,7 @@ impl Metrics {
         write_versions(&mut text, shared, now);
         write_histograms(&mut text, &listeners);
         write_resources(&mut text, &resources);
+        crate::dns::write(&mut text, &shared.dns.now());
         write_process(&mut text);
         let mut page = self.handle.render();
         page.push_str(&text.into_string());

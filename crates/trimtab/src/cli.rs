@@ -77,6 +77,8 @@ pub enum Command {
     Ready(ResourceArgs),
     /// Tell resources something: that the balancer will be away, to shut down, to move connections away.
     Notify(notify::NotifyArgs),
+    /// Say how publishing in DNS goes: zone, server, state, and what is wrong.
+    Dns(AdminArgs),
     /// Run a balancer, three services with agents and a gentle load on this machine; prints what to try.
     Demo(DemoArgs),
     /// One of the demo's services.

@@ -26,6 +26,7 @@ fn main() -> ExitCode {
         Command::Drain(args) => admin::drain(&args),
         Command::Ready(args) => admin::ready(&args),
         Command::Notify(args) => admin::notify::run(&args),
+        Command::Dns(args) => admin::dns::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::DemoService(args) => demo::service::run(args),
     });

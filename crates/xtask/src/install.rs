@@ -25,7 +25,20 @@ const GROUPS: &[Group] = &[
     Group {
         name: "test",
         // prometheus brings promtool.
-        packages: &["postgresql-15", "postgresql-client-15", "prometheus", "iproute2", "curl"],
+        // bind9-dnsutils brings dig; sqlite3 fills PowerDNS's first database.
+        packages: &[
+            "postgresql-15",
+            "postgresql-client-15",
+            "prometheus",
+            "iproute2",
+            "curl",
+            "bind9",
+            "bind9-dnsutils",
+            "knot",
+            "pdns-server",
+            "pdns-backend-sqlite3",
+            "sqlite3",
+        ],
         wheels: &[],
     },
     Group {

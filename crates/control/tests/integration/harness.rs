@@ -82,6 +82,7 @@ pub(crate) fn config() -> (ControlConfig, Publisher) {
         alternatives: Vec::new(),
         maintenance: Vec::new(),
         decision_log: None,
+        dns: Default::default(),
     };
     (config, publisher)
 }

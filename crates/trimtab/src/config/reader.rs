@@ -99,6 +99,16 @@ impl<'t> Section<'_, 't> {
         self.table.is_some()
     }
 
+    /// Whether the file has `key` in it, good or not.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.table.is_some_and(|table| table.contains_key(key))
+    }
+
+    /// Notes a problem of it as a whole.
+    pub(super) fn report_here(&mut self, problem: Problem) {
+        self.reader.report(self.at, problem);
+    }
+
     /// The reader, to report what concerns more than one value.
     pub(super) fn reader(&mut self) -> &mut Reader<'t> {
         self.reader
