@@ -146,6 +146,16 @@ impl DnsServer {
         self.make_zone();
     }
 
+    /// As [`Self::lose_zone`], and with a new key of the same name: who has the old one cannot put anything there.
+    ///
+    /// # Panics
+    /// When it runs.
+    #[track_caller]
+    pub fn lose_zone_and_key(&mut self) {
+        self.write_key("key.conf", KEY);
+        self.lose_zone();
+    }
+
     /// What `dig +short` says, sorted; empty: nothing, or no answer.
     #[track_caller]
     pub fn dig(&self, name: &str, kind: &str) -> Vec<String> {

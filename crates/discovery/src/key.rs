@@ -119,12 +119,36 @@ impl TsigKey {
         Ok(key)
     }
 
+    /// A new key of hmac-sha256.
+    ///
+    /// # Errors
+    /// When the name is none, or the secret is empty.
+    pub fn new(name: &str, secret: &[u8]) -> Result<Self, KeyError> {
+        let name = Name::from_ascii(name).map_err(|_| KeyError::Name)?;
+        Self::of(name, TsigAlgorithm::HmacSha256, secret.to_vec())
+    }
+
+    fn of(name: Name, algorithm: TsigAlgorithm, secret: Vec<u8>) -> Result<Self, KeyError> {
+        if secret.is_empty() {
+            return Err(KeyError::Secret);
+        }
+        let signer = TSigner::new(secret, algorithm, name, FUDGE_S).map_err(|_| KeyError::Secret)?;
+        Ok(Self { signer })
+    }
+
+    /// With its secret, as `tsig-keygen` prints it: for a key file, and for nothing else.
+    pub fn file_text(&self) -> String {
+        let (algorithm, secret) = (self.signer.algorithm(), BASE64.encode(self.signer.key()));
+        format!("key \"{}\" {{\n\talgorithm {algorithm};\n\tsecret \"{secret}\";\n}};\n", self.name())
+    }
+
     /// The key's name, without the dot at its end.
     pub fn name(&self) -> String {
         crate::name::shown(self.signer.signer_name())
     }
 
-    pub(crate) fn signer(&self) -> &TSigner {
+    /// What signs with it, and verifies.
+    pub fn signer(&self) -> &TSigner {
         &self.signer
     }
 }
@@ -171,12 +195,8 @@ impl<'t> Tokens<'t> {
         let algorithm = algorithm(algorithm_name.ok_or_else(|| self.missing("`algorithm`"))?)?;
         let secret = secret.ok_or_else(|| self.missing("`secret`"))?;
         let secret = BASE64.decode(secret.as_bytes()).map_err(|_| KeyError::Secret)?;
-        if secret.is_empty() {
-            return Err(KeyError::Secret);
-        }
         let name = Name::from_ascii(name).map_err(|_| KeyError::Name)?;
-        let signer = TSigner::new(secret, algorithm, name, FUDGE_S).map_err(|_| KeyError::Secret)?;
-        Ok(TsigKey { signer })
+        TsigKey::of(name, algorithm, secret)
     }
 
     fn end(&mut self) -> Result<(), KeyError> {
@@ -259,7 +279,10 @@ mod tests {
             assert_eq!(key.name(), "trimtab");
             assert_eq!(key.signer.key(), b"secret-secret");
             assert_eq!(key.signer.algorithm().to_string(), algorithm);
+            assert_eq!(key.file_text(), PRINTED.replace("hmac-sha256", algorithm));
         }
+        let new = TsigKey::new("trimtab", b"secret-secret").unwrap();
+        assert_eq!(new.file_text(), PRINTED);
         let other = "# made by hand\nkey lb.example.com. { // one\n /* two\n */ secret c2VjcmV0LXNlY3JldA==; algorithm HMAC-SHA512; };";
         let key = TsigKey::parse(other.as_bytes()).unwrap();
         assert_eq!((key.name().as_str(), key.signer.key()), ("lb.example.com", &b"secret-secret"[..]));

@@ -206,7 +206,7 @@ impl Task {
                 if !host.addresses.is_empty() {
                     info!(name = shown(&host.name), ?now, "this host's addresses changed");
                 }
-                warn_of_loopback(host, &now);
+                warn_of_loopback(host, &now, server);
                 host.addresses = now;
                 changed = true;
             }
@@ -348,8 +348,9 @@ impl Task {
     }
 }
 
-fn warn_of_loopback(host: &Host, addresses: &BTreeSet<IpAddr>) {
-    if addresses.iter().any(IpAddr::is_loopback) {
+/// Not where the DNS server is on loopback, too: then all of it is meant for this host.
+fn warn_of_loopback(host: &Host, addresses: &BTreeSet<IpAddr>, server: SocketAddr) {
+    if addresses.iter().any(IpAddr::is_loopback) && !server.ip().is_loopback() {
         let name = shown(&host.name);
         warn!(
             name,

@@ -102,7 +102,7 @@ mod tests {
             table(&[entry, failing]),
             "ZONE         SERVER        NAME             STATE      CONFIRMED  LAST ERROR\n\
              example.com  10.0.0.53:53  lb1.example.com  published   1.3s ago  -\n\
-             example.com  10.0.0.53:53  lb1.example.com  failing        never  it?says no\n"
+             example.com  10.0.0.53:53  lb1.example.com  failing        never  it\u{fffd}says no\n"
         );
         assert!(table(&[]).contains("[[dns]]"));
     }
