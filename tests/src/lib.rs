@@ -10,6 +10,7 @@
 
 mod address;
 mod busy;
+mod dns;
 mod docker;
 mod http;
 mod lab;
@@ -20,12 +21,14 @@ mod process;
 mod service;
 mod sources;
 mod sql;
+mod srv;
 mod tcp;
 mod trimtab;
 mod wait;
 
 pub use address::loopback;
 pub use busy::{Cgroup, write_utilization, write_whole};
+pub use dns::{DnsKind, DnsServer, ZONE, dig, section as dns_section};
 pub use docker::{Docker, IMAGE, IMAGE_PORT};
 pub use http::{HttpAnswer, get};
 pub use lab::{Lab, Member, POOL};
@@ -36,6 +39,7 @@ pub use process::{Descriptors, Ended, Process, descriptors, resident_bytes};
 pub use service::{Asked, Clients, Manners, Service, ask, ask_from, converse, greet};
 pub use sources::{Exporter, MariaDb, PythonOrca, Text, read_head, wheel};
 pub use sql::{Attempt, Load, Psql, SqlClient, SqlError};
+pub use srv::{SrvClients, SrvSeen, ask_srv};
 pub use tcp::{Backend, connect, connect_from, is_reset, listen, reset};
 pub use trimtab::{Balancer, BalancerConfig, Proxy, trimtab, trimtab_command};
 pub use wait::{PATIENCE, until, within};

@@ -31,7 +31,7 @@ fn it_shows_how_connections_are_divided() {
         let total: u64 = lines.iter().map(|line| line[who]).sum();
         assert!(total > 0, "each gets connections");
     }
-    for tip in ["nc ", "curl http://", "resources", "kill "] {
+    for tip in ["nc ", "curl http://", "dig @127.0.0.1 -p ", "resources", "kill "] {
         assert!(said.contains(tip), "it says what to try: {tip}");
     }
 }

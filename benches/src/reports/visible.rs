@@ -137,6 +137,7 @@ fn serve(
         decision_log: None,
         pull: control::PullConfig::default(),
         providers: Vec::new(),
+        dns: Default::default(),
     };
     runtime.block_on(async {
         let control = Control::bind(config).await?;

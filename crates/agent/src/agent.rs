@@ -2,12 +2,12 @@
 //!
 //! ```text
 //!                      +-> Life (balancer 1): its session, its meter, its pauses
-//! Agent --- starts ----+-> Life (balancer 2)
+//! Agent --- Balancers -+-> Life (balancer 2)
 //!                      +-> one check of the service, one utilization file, one answerer of probes: for all lives
 //! ```
 //!
 //! Owns: what the lives share ([`Common`]), and their common start and end. Does not own: what happens with one balancer
-//! (`life`). Each life is a task of its own: a balancer that hangs, refuses or is away delays no other, and at the end
+//! (`life`), and which balancers there are (`balancers`). Each life is a task of its own: a balancer that hangs, refuses or is away delays no other, and at the end
 //! all take leave at once.
 
 use std::convert::Infallible;
@@ -22,9 +22,10 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tonic::transport::Uri;
 
+use crate::balancers::{Balancer, Balancers, Source};
 use crate::config::{AgentConfig, AgentError, ServiceCheck};
+use crate::discover;
 use crate::file::UtilizationFile;
-use crate::life::Life;
 use crate::probe;
 use crate::service::{self, ConnectTime, Service};
 use crate::supply;
@@ -62,8 +63,7 @@ pub enum AgentState {
 #[derive(Debug)]
 pub struct Agent {
     config: AgentConfig,
-    /// In the order of the balancers.
-    states: Vec<watch::Sender<AgentState>>,
+    balancers: Balancers,
 }
 
 /// Runs an agent until `shutdown` resolves, then deregisters.
@@ -84,20 +84,23 @@ impl Agent {
         if let Some(probe) = config.probe {
             config.resource.probe_address = probe.to_string();
         }
-        let states = config.balancers.iter().map(|_| watch::Sender::new(AgentState::CheckingService));
-        Ok(Self { states: states.collect(), config })
+        let balancers = Balancers::default();
+        for balancer in &config.balancers {
+            balancers.add(Balancer::named(balancer.clone()), Source::Flag);
+        }
+        Ok(Self { balancers, config })
     }
 
-    /// Follows what it does with its first balancer: most agents have one.
+    /// Follows what it does with the first of its balancers that were named: most agents have one. For one that has none,
+    /// because it discovers them, this never changes.
     pub fn state(&self) -> watch::Receiver<AgentState> {
-        // A configuration without a balancer is refused.
-        self.states[0].subscribe()
+        let first = self.states().into_iter().next().map(|(_, state)| state);
+        first.unwrap_or_else(|| watch::Sender::new(AgentState::CheckingService).subscribe())
     }
 
-    /// Follows what it does with each of its balancers, in the order they were named.
+    /// Follows what it does with each of its balancers that were named, in their order.
     pub fn states(&self) -> Vec<(Uri, watch::Receiver<AgentState>)> {
-        let states = self.states.iter().map(watch::Sender::subscribe);
-        self.config.balancers.iter().cloned().zip(states).collect()
+        self.balancers.states()
     }
 
     /// Runs until `shutdown` resolves, then deregisters everywhere, which takes a second at most.
@@ -109,26 +112,19 @@ impl Agent {
         let file = UtilizationFile::new(&self.config);
         let connect_time = ConnectTime::default();
         let common =
-            Arc::new(Common { config: self.config, file, service, connect_time, states: self.states });
+            Arc::new(Common { config: self.config, file, service, connect_time, balancers: self.balancers });
         // Before anybody is told of it.
         let probes = bind_probes(&common.config).await?;
-        let stop = watch::Sender::new(false);
         let mut lives = JoinSet::new();
-        for balancer in 0..common.config.balancers.len() {
-            lives.spawn(Life::new(Arc::clone(&common), balancer).run(stop.subscribe()));
-        }
         let result = tokio::select! {
-            error = first_error(&mut lives) => Err(error),
+            error = Balancers::live(&common, &mut lives) => Err(error),
+            never = discover_balancers(&common) => match never {},
             never = check_service(&common, service_sender) => match never? {},
             never = answer_probes(probes, &common) => match never {},
             never = common.file.watch() => match never {},
             () = shutdown => Ok(()),
         };
-        stop.send_replace(true);
-        while let Some(ended) = lives.join_next().await {
-            // The first error says it all.
-            drop(unless_panicked(ended));
-        }
+        common.balancers.end(&mut lives).await;
         result
     }
 }
@@ -140,43 +136,7 @@ pub(crate) struct Common {
     pub(crate) file: UtilizationFile,
     pub(crate) service: watch::Receiver<Service>,
     pub(crate) connect_time: ConnectTime,
-    states: Vec<watch::Sender<AgentState>>,
-}
-
-impl Common {
-    pub(crate) fn set_state(&self, balancer: usize, state: AgentState) {
-        self.states[balancer].send_replace(state);
-    }
-
-    /// How many balancers a report to `balancer` says there are: those that answer now, and the one it goes to, which
-    /// may not have had its first one yet.
-    pub(crate) fn balancers_now(&self, balancer: usize) -> u32 {
-        let counts = |(index, state): (usize, &watch::Sender<AgentState>)| {
-            index == balancer || matches!(*state.borrow(), AgentState::Reporting { .. })
-        };
-        let count = self.states.iter().enumerate().filter(|entry| counts(*entry)).count();
-        u32::try_from(count).unwrap_or(u32::MAX)
-    }
-}
-
-/// The error of the first life that ends by one. A life ends by nothing else before it is told to stop.
-async fn first_error(lives: &mut JoinSet<Result<(), AgentError>>) -> AgentError {
-    while let Some(ended) = lives.join_next().await {
-        if let Err(error) = unless_panicked(ended) {
-            return error;
-        }
-    }
-    std::future::pending().await
-}
-
-/// A panic of a life is the agent's own, as if there were no tasks.
-fn unless_panicked(ended: Result<Result<(), AgentError>, tokio::task::JoinError>) -> Result<(), AgentError> {
-    match ended {
-        Ok(result) => result,
-        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        // Nobody cancels a life but the runtime at its own end.
-        Err(_) => Ok(()),
-    }
+    pub(crate) balancers: Balancers,
 }
 
 async fn check_service(common: &Common, found: watch::Sender<Service>) -> Result<Infallible, AgentError> {
@@ -204,6 +164,13 @@ async fn bind_probes(config: &AgentConfig) -> Result<Option<(UdpSocket, SocketAd
 async fn answer_probes(probes: Option<(UdpSocket, SocketAddr)>, common: &Arc<Common>) -> Infallible {
     match probes {
         Some((socket, service)) => probe::answer(socket, service, Arc::clone(common)).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn discover_balancers(common: &Common) -> Infallible {
+    match &common.config.discover {
+        Some(finder) => discover::follow(finder, common).await,
         None => std::future::pending().await,
     }
 }

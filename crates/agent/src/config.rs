@@ -13,14 +13,16 @@ use crate::supply::Supplied;
 use crate::utilization::{NoSuchCgroup, Roots, Source};
 
 /// Where a URL without a port leads.
-const HTTP_PORT: u16 = 80;
+pub(crate) const HTTP_PORT: u16 = 80;
 
 /// What an agent is told. [`AgentConfig::new`] fills in what it can.
 #[derive(Debug, Clone)]
 pub struct AgentConfig {
-    /// The balancers' control addresses, `http://host:port`: at least one, none twice. The resource is registered with
-    /// each of them, and a balancer that is away changes nothing for the others.
+    /// The balancers' control addresses, `http://host:port`: none twice, and at least one unless they are discovered. The
+    /// resource is registered with each of them, and a balancer that is away changes nothing for the others.
     pub balancers: Vec<Uri>,
+    /// Where further balancers are found: with every one of the lowest priority number the resource is registered as well.
+    pub discover: Option<discovery::Finder>,
     /// Who registers: identity, pool, address and what it can bear.
     pub resource: v1::Resource,
     /// Orders the starts of this resource: a higher one replaces a lower one. Milliseconds since 1970 at the start.
@@ -92,6 +94,7 @@ impl AgentConfig {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self {
             balancers,
+            discover: None,
             resource,
             incarnation: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
             report_interval: Duration::from_secs(1),
@@ -135,7 +138,7 @@ impl AgentConfig {
     }
 
     fn validate_balancers(&self) -> Result<(), AgentError> {
-        if self.balancers.is_empty() {
+        if self.balancers.is_empty() && self.discover.is_none() {
             return Err(AgentError::NoBalancer);
         }
         let mut seen = HashSet::new();

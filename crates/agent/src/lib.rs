@@ -21,8 +21,10 @@
 
 mod agent;
 mod backoff;
+mod balancers;
 mod config;
 mod connections;
+mod discover;
 mod file;
 mod life;
 mod meter;

@@ -29,6 +29,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::agent::{AgentState, Common};
 use crate::backoff::Backoff;
+use crate::balancers::BalancerId;
 use crate::config::AgentError;
 use crate::meter::{Meter, WINDOW_MIN};
 use crate::said::Said;
@@ -41,8 +42,8 @@ const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 /// What a life with one balancer keeps.
 pub(crate) struct Life {
     common: Arc<Common>,
-    /// Which of the configuration's balancers it is.
-    index: usize,
+    /// Which of the agent's balancers it is.
+    id: BalancerId,
     balancer: Uri,
     service: watch::Receiver<Service>,
     /// Of the last session.
@@ -55,11 +56,11 @@ pub(crate) struct Life {
 }
 
 impl Life {
-    /// With the configuration's balancer of this index.
-    pub(crate) fn new(common: Arc<Common>, index: usize) -> Self {
+    /// With this one of the agent's balancers.
+    pub(crate) fn new(common: Arc<Common>, id: BalancerId, balancer: Uri) -> Self {
         Self {
-            index,
-            balancer: common.config.balancers[index].clone(),
+            id,
+            balancer,
             service: common.service.clone(),
             client: None,
             may_be_registered: false,
@@ -83,18 +84,18 @@ impl Life {
     }
 
     fn set_state(&self, state: AgentState) {
-        self.common.set_state(self.index, state);
+        self.common.balancers.set_state(self.id, state);
     }
 
     async fn live(&mut self) -> Result<Infallible, AgentError> {
         self.wait_for_service().await;
         // All meters lack the same: the first life says it for all.
-        let mut meter = Meter::new(&self.common.config, Instant::now().into_std(), self.index == 0)?;
+        let mut meter = Meter::new(&self.common.config, Instant::now().into_std(), self.id.is_first())?;
         // So that the first report has rates in it.
         sleep(WINDOW_MIN).await;
         let retry = self.common.config.retry;
         // Balancers that went at once are not tried at once.
-        let seed = self.common.config.seed.wrapping_add(self.index as u64);
+        let seed = self.common.config.seed.wrapping_add(self.id.number());
         let mut backoff = Backoff::new(retry.first, retry.cap, seed);
         loop {
             // Not before the service answers: from its registration on a resource may be given flows.
@@ -130,17 +131,18 @@ impl Life {
     async fn session(&mut self, meter: &mut Meter) -> (Ended, bool) {
         self.attempt = self.attempt.saturating_add(1);
         self.set_state(AgentState::Registering { attempt: self.attempt });
-        let mut client = match session::connect(&self.balancer).await {
-            Ok(client) => client,
-            Err(ended) => return (ended, false),
-        };
+        let mut client =
+            match session::connect(&self.common.balancers.addressed(self.id, &self.balancer)).await {
+                Ok(client) => client,
+                Err(ended) => return (ended, false),
+            };
         self.client = Some(client.clone());
         self.may_be_registered = true;
         let version = match session::register(&mut client, &self.common).await {
             Ok(version) => version,
             Err(ended) => return (ended, false),
         };
-        Session::report(&mut client, &self.common, self.index, version, meter, &mut self.service).await
+        Session::report(&mut client, &self.common, self.id, version, meter, &mut self.service).await
     }
 
     /// Says what ended a session: each message once until reports are answered again.

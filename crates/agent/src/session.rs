@@ -8,12 +8,16 @@
 //! Owns: the timing of reports and what an answer means. Does not own: when to try again, and what is measured.
 
 use std::error::Error;
+use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use api::orca::OrcaLoadReport;
 use api::v1::registration_service_client::RegistrationServiceClient;
 use api::v1::report_response::Event;
 use api::v1::{self, Ack, Labels, Notice, Readiness, ReportRequest, ReportResponse, ResourceState};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -22,6 +26,7 @@ use tonic::{Code, Status, Streaming};
 use tracing::{debug, info, warn};
 
 use crate::agent::{AgentState, Common};
+use crate::balancers::{Balancer, BalancerId};
 use crate::meter::{Meter, WINDOW_MIN};
 use crate::said::Said;
 use crate::service::Service;
@@ -60,18 +65,50 @@ pub(crate) enum Ended {
 }
 
 /// Connects anew.
-pub(crate) async fn connect(balancer: &Uri) -> Result<Client, Ended> {
-    let endpoint = Endpoint::from(balancer.clone())
+pub(crate) async fn connect(balancer: &Balancer) -> Result<Client, Ended> {
+    let endpoint = Endpoint::from(balancer.uri.clone())
         .connect_timeout(CALL_PATIENCE)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_PATIENCE)
         .keep_alive_while_idle(true);
-    let channel = match timeout(CALL_PATIENCE, endpoint.connect()).await {
+    let connecting = async {
+        match balancer.addresses.is_empty() {
+            true => endpoint.connect().await,
+            // DNS said where it is, maybe another DNS than this host's.
+            false => endpoint.connect_with_connector(to_one_of(balancer.addresses.clone())).await,
+        }
+    };
+    let channel = match timeout(CALL_PATIENCE, connecting).await {
         Ok(connected) => connected.map_err(|error| Ended::Lost(chain(&error)))?,
         Err(_) => return Err(Ended::Lost(format!("no connection within {CALL_PATIENCE:?}"))),
     };
     Ok(RegistrationServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX))
+}
+
+/// A connector to the first of these that takes a connection.
+fn to_one_of(
+    addresses: Vec<SocketAddr>,
+) -> impl tower::Service<Uri, Response = TokioIo<TcpStream>, Error = io::Error, Future: Send> + Send + 'static
+{
+    tower::service_fn(move |_: Uri| {
+        let addresses = addresses.clone();
+        async move {
+            let patience = CALL_PATIENCE / u32::try_from(addresses.len()).unwrap_or(u32::MAX).max(1);
+            let mut refused = io::Error::from(io::ErrorKind::AddrNotAvailable);
+            for address in addresses {
+                match timeout(patience, TcpStream::connect(address)).await {
+                    Ok(Ok(stream)) => {
+                        stream.set_nodelay(true)?;
+                        return Ok(TokioIo::new(stream));
+                    }
+                    Ok(Err(error)) => refused = error,
+                    Err(_) => refused = io::ErrorKind::TimedOut.into(),
+                }
+            }
+            Err(refused)
+        }
+    })
 }
 
 /// Registers, with the labels of this moment.
@@ -122,8 +159,8 @@ pub(crate) async fn register(client: &mut Client, common: &Common) -> Result<Str
 /// Reports until the stream ends.
 pub(crate) struct Session<'a> {
     common: &'a Common,
-    /// Which of the configuration's balancers hears it.
-    balancer: usize,
+    /// Which of the agent's balancers hears it.
+    balancer: BalancerId,
     meter: &'a mut Meter,
     /// As it was registered.
     version: String,
@@ -146,7 +183,7 @@ impl<'a> Session<'a> {
     pub(crate) async fn report(
         client: &mut Client,
         common: &'a Common,
-        balancer: usize,
+        balancer: BalancerId,
         version: String,
         meter: &'a mut Meter,
         service: &'a mut watch::Receiver<Service>,
@@ -232,7 +269,7 @@ impl<'a> Session<'a> {
             sequence: self.sequence,
             readiness: readiness.into(),
             utilization,
-            balancers: self.common.balancers_now(self.balancer),
+            balancers: self.common.balancers.counted(self.balancer),
             labels: self.labels.borrow_and_update().clone(),
             notices_taken: Vec::new(),
             beneath,
@@ -258,7 +295,7 @@ impl<'a> Session<'a> {
         self.heard_at = Instant::now();
         self.acks += 1;
         if self.acks == 1 {
-            self.common.set_state(self.balancer, AgentState::Reporting { since: self.heard_at });
+            self.common.balancers.set_state(self.balancer, AgentState::Reporting { since: self.heard_at });
         }
         if ack.refused.is_empty() {
             self.refusals.forget();

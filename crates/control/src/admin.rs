@@ -80,6 +80,14 @@ impl AdminService for Admin {
         Ok(Response::new(v1::ListPoolsResponse { pools }))
     }
 
+    async fn list_dns(
+        &self,
+        request: Request<v1::ListDnsRequest>,
+    ) -> Result<Response<v1::ListDnsResponse>, Status> {
+        let v1::ListDnsRequest {} = request.into_inner();
+        Ok(Response::new(crate::dns::list(&self.shared.dns.now())))
+    }
+
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         let id = parse::resource_id(&request.into_inner().id).map_err(invalid)?;
         let flows_open = u64::from(self.set_drained(&id, true)?);

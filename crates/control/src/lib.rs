@@ -18,6 +18,7 @@ mod admin;
 mod beneath;
 mod clock;
 mod decision_log;
+mod dns;
 mod explain;
 mod grpc;
 mod guarded;
@@ -129,6 +130,8 @@ pub struct ControlConfig {
     pub pull: PullConfig,
     /// Orchestration layers whose resources join by themselves, each with another name.
     pub providers: Vec<ProviderConfig>,
+    /// How publishing in DNS goes, to show it.
+    pub dns: discovery::Statuses,
 }
 
 /// Why control cannot start: the operator's to mend.
@@ -211,6 +214,7 @@ struct Shared {
     phase: watch::Receiver<Phase>,
     /// Ids that agents may not use.
     reserved: provider::Reserved,
+    dns: discovery::Statuses,
 }
 
 /// Control with its sockets bound, before it serves.
@@ -296,6 +300,7 @@ impl Control {
             dataplane: config.dataplane,
             phase: phase.clone(),
             reserved: provider::Reserved::of(&config.providers),
+            dns: config.dns,
         });
         tick::start(Arc::clone(&shared))?;
         if let Some(offers) = self.offers {

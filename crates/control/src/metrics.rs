@@ -13,7 +13,7 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, Prometheu
 use registry::{PoolStatus, ResourceState, ResourceStatus, VersionStatus};
 
 pub(crate) use self::provider::ProviderMetrics;
-use self::text::Text;
+pub(crate) use self::text::Text;
 use crate::Shared;
 
 /// What became of a report.
@@ -193,6 +193,7 @@ impl Metrics {
         write_versions(&mut text, shared, now);
         write_histograms(&mut text, &listeners);
         write_resources(&mut text, &resources);
+        crate::dns::write(&mut text, &shared.dns.now());
         write_process(&mut text);
         let mut page = self.handle.render();
         page.push_str(&text.into_string());

@@ -22,6 +22,7 @@ use crate::cli::{
 use crate::failure::Failure;
 use crate::output::print;
 
+pub mod dns;
 pub mod notify;
 mod pull;
 mod view;

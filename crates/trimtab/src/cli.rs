@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use allocation::{Policy, ResourceId};
+use clap::builder::ArgPredicate;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use script::{ScriptArgs, read_mapping};
@@ -55,6 +56,10 @@ pub struct Cli {
 
 /// What to do.
 #[derive(Debug, Subcommand)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "there is one, for as long as it takes to call a function with it"
+)]
 pub enum Command {
     /// Balance to addresses given here, without a configuration file or control.
     Proxy(ProxyArgs),
@@ -86,6 +91,8 @@ pub enum Command {
     Register(RegisterArgs),
     /// Remove a resource.
     Deregister(ResourceArgs),
+    /// Say how publishing in DNS goes: zone, server, state, and what is wrong.
+    Dns(AdminArgs),
     /// Run a balancer, three services with agents and a gentle load on this machine; prints what to try.
     Demo(DemoArgs),
     /// One of the demo's services.
@@ -163,8 +170,21 @@ pub struct AgentArgs {
     pub address: SocketAddr,
     /// The balancer's control address: http://HOST:PORT. Repeat it to register with several balancers; one that is
     /// away delays no other.
-    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7400", value_parser = parse_control)]
+    #[arg(
+        long,
+        value_name = "URL",
+        default_value = "http://127.0.0.1:7400",
+        default_value_if("discover", ArgPredicate::IsPresent, None::<&str>),
+        value_parser = parse_control
+    )]
     pub balancer: Vec<String>,
+    /// Find balancers in DNS: those that _trimtab._tcp.DOMAIN SRV names. Those of the lowest priority number are registered
+    /// with, and the next when all of those are gone. Changes are noticed within the records' TTL.
+    #[arg(long, value_name = "DOMAIN", value_parser = parse_domain)]
+    pub discover: Option<discovery::Domain>,
+    /// Ask this DNS server for --discover. [default: as /etc/resolv.conf says]
+    #[arg(long, value_name = "IP:PORT", value_parser = parse_backend, requires = "discover")]
+    pub dns: Option<SocketAddr>,
     /// The resource's identity, unique within the balancer. [default: host name and address]
     #[arg(long, value_parser = parse_id)]
     pub id: Option<ResourceId>,
@@ -428,6 +448,10 @@ pub(crate) fn parse_control(text: &str) -> Result<String, Problem> {
         return Err(Problem::new(format!("{text:?} is not a control address"), hint));
     }
     Ok(url)
+}
+
+fn parse_domain(text: &str) -> Result<discovery::Domain, Problem> {
+    text.parse().map_err(|error| Problem::new(format!("{text:?} {error}"), "write a domain, as example.com"))
 }
 
 pub(crate) fn parse_id(text: &str) -> Result<ResourceId, Problem> {

@@ -21,6 +21,7 @@ use crate::problem::{Problem, nearest};
 use crate::units::{ListenAddress, parse_address, parse_duration};
 use reader::{Reader, Section, boolean, decimal, integer, text, texts};
 
+mod dns;
 mod notices;
 mod pool;
 mod provider;
@@ -31,6 +32,8 @@ mod upstream;
 pub use notices::NoticesConfig;
 pub use upstream::UpstreamConfig;
 
+pub use dns::{DnsConfig, DnsServiceConfig, ServiceAt};
+
 /// Where control listens unless told otherwise; the admin commands and agents look there too.
 pub const CONTROL_LISTEN_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7400);
 /// Where metrics, probes and status are served unless told otherwise.
@@ -39,7 +42,7 @@ pub const HTTP_LISTEN_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr:
 pub const DRAIN_TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);
 
 /// Top-level keys and policies of the design that this version does not have.
-const LATER_ROOT: [&str; 3] = ["store", "dns", "discovery"];
+const LATER_ROOT: [&str; 1] = ["store"];
 const LATER_CONTROL: [&str; 2] = ["tls", "tokens"];
 /// What one buffer ring can hold.
 const BUFFERS_MAX: u64 = 32_768;
@@ -71,6 +74,8 @@ pub struct Config {
     pub upstreams: Vec<UpstreamConfig>,
     /// Orchestration layers whose resources join by themselves.
     pub providers: Vec<control::ProviderConfig>,
+    /// Where the balancer publishes itself.
+    pub dns: Vec<DnsConfig>,
 }
 
 /// `[control]` or `[http]`.
@@ -249,6 +254,7 @@ impl Config {
         let listeners = read_listeners(&mut root, known, &mut bound);
         let upstreams = upstream::read(&mut root, listeners.as_deref().filter(|_| !broken));
         let providers = provider::read(&mut root, known);
+        let dns = dns::read(&mut root, listeners.as_deref());
         let both = pools.zip(listeners).map(|(mut pools, listeners)| {
             pool::add_tables(&mut pools, &listeners);
             (pools, listeners)
@@ -269,6 +275,7 @@ impl Config {
             listeners,
             upstreams,
             providers,
+            dns: dns?,
         })
     }
 }

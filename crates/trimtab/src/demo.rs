@@ -6,16 +6,19 @@
 //!
 //! ```text
 //! demo --load--> serve (balancer) --flows--> red, green, blue: demo-service at 127.0.0.11..13
-//!   |                ^ register, report          | how busy its process is, in a file
-//!   +- pipes         +---------- agent x 3 <-----+
+//!   |                |       ^ register, report  | how busy its process is, in a file
+//!   |     publishes  v       +-- agent x 3 <-----+
+//!   +- pipes        DNS, zone demo.test -- where is it? --> agents
 //! ```
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
+use std::io::Read as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::time::Duration;
 
+use discovery::TsigKey;
 use tempfile::TempDir;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
@@ -29,6 +32,7 @@ use child::Process;
 use load::{Load, Served};
 
 mod child;
+mod dns;
 mod load;
 pub mod service;
 
@@ -36,6 +40,7 @@ const POOL: &str = "demo";
 const NAMES: [&str; 3] = ["red", "green", "blue"];
 const LISTEN_PORT: u16 = 7000;
 const SERVICE_PORT: u16 = 7101;
+const DNS_PORT: u16 = 7053;
 /// How far to look for a free port beyond the usual one.
 const PORTS_TRIED: u16 = 100;
 /// A child that is not up by then never will be.
@@ -51,6 +56,8 @@ struct Plan {
     listen: SocketAddr,
     control: SocketAddr,
     http: SocketAddr,
+    dns: SocketAddr,
+    key: TsigKey,
     services: [SocketAddr; 3],
 }
 
@@ -99,17 +106,25 @@ impl Plan {
             listen: free_address(loopback, LISTEN_PORT)?,
             control: free_address(loopback, CONTROL_LISTEN_DEFAULT.port())?,
             http: free_address(loopback, HTTP_LISTEN_DEFAULT.port())?,
+            dns: free_address(loopback, DNS_PORT)?,
+            key: new_key()?,
             services: [service(11)?, service(12)?, service(13)?],
         })
     }
 
-    /// The balancer's configuration. Who is in the pool is not in it.
+    /// The balancer's configuration. Who is in the pool is not in it; whoever wants to be finds it in DNS.
     fn config(&self) -> String {
+        let (key_file, zone) = (self.key_file().display().to_string(), dns::ZONE);
         format!(
             "[control]\nlisten = \"{}\"\n[http]\nlisten = \"{}\"\n[dataplane]\nworkers = 1\ndrain_timeout = \"1s\"\n\
-             [[pool]]\nname = \"{POOL}\"\n[[listener]]\nbind = \"tcp://{}\"\npool = \"{POOL}\"\n",
-            self.control, self.http, self.listen
+             [[pool]]\nname = \"{POOL}\"\n[[listener]]\nbind = \"tcp://{}\"\npool = \"{POOL}\"\n\
+             [[dns]]\nzone = \"{zone}\"\nserver = \"{}\"\nkey_file = {key_file:?}\nname = \"lb1\"\nttl = \"2s\"\n",
+            self.control, self.http, self.listen, self.dns
         )
+    }
+
+    fn key_file(&self) -> std::path::PathBuf {
+        self.folder.path().join("tsig.key")
     }
 
     fn utilization_file(&self, name: &str) -> std::path::PathBuf {
@@ -123,6 +138,7 @@ impl Plan {
             ("listener", self.listen, LISTEN_PORT),
             ("control", self.control, CONTROL_LISTEN_DEFAULT.port()),
             ("http", self.http, HTTP_LISTEN_DEFAULT.port()),
+            ("DNS", self.dns, DNS_PORT),
         ];
         for (what, address, usual) in usual {
             if address.port() != usual {
@@ -136,8 +152,11 @@ impl Plan {
 impl Fleet {
     fn start(plan: &Plan) -> Result<Self, Failure> {
         let config = plan.folder.path().join("trimtab.toml");
-        std::fs::write(&config, plan.config())
-            .map_err(|error| Failure::start(format!("cannot write {}: {error}", config.display())))?;
+        for (file, text) in [(plan.key_file(), plan.key.file_text()), (config.clone(), plan.config())] {
+            std::fs::write(&file, text)
+                .map_err(|error| Failure::start(format!("cannot write {}: {error}", file.display())))?;
+        }
+        dns::start(plan.dns, &plan.key)?;
         let mut balancer = start("balancer", ["serve", "-c"], [path(&config), "--with-parent".into()])?;
         let (mut services, mut agents) = (Vec::new(), Vec::new());
         for (name, address) in NAMES.into_iter().zip(plan.services) {
@@ -155,8 +174,10 @@ impl Fleet {
                 format!("{name}'s agent"),
                 ["agent", "--with-parent", "--pool", POOL, "--id", name],
                 [
-                    "--balancer".into(),
-                    format!("http://{}", plan.control).into(),
+                    "--discover".into(),
+                    dns::ZONE.into(),
+                    "--dns".into(),
+                    plan.dns.to_string().into(),
                     "--address".into(),
                     address,
                     "--utilization-file".into(),
@@ -234,7 +255,7 @@ async fn wait_for_resources(admin: &mut Admin) -> Result<(), Failure> {
 }
 
 fn introduction(args: &DemoArgs, plan: &Plan, fleet: &Fleet) -> String {
-    let Plan { listen, control, http, .. } = plan;
+    let Plan { listen, control, http, dns, .. } = plan;
     let mut out = plan.taken();
     let _ = writeln!(out, "balancer      tcp://{listen}   pid {}", fleet.balancer.pid());
     let _ = writeln!(
@@ -242,6 +263,7 @@ fn introduction(args: &DemoArgs, plan: &Plan, fleet: &Fleet) -> String {
         "  control     http://{control}   where agents register and report, and admin commands ask"
     );
     let _ = writeln!(out, "  metrics     http://{http}/metrics");
+    let _ = writeln!(out, "DNS           {dns}   zone {}: the balancer publishes itself there", dns::ZONE);
     for (index, name) in NAMES.iter().enumerate() {
         let (service, agent) = (fleet.services[index].pid(), fleet.agents[index].pid());
         let _ =
@@ -250,17 +272,22 @@ fn introduction(args: &DemoArgs, plan: &Plan, fleet: &Fleet) -> String {
     let exe = std::env::args().next().unwrap_or_else(|| "trimtab".into());
     let _ = write!(
         out,
-        "\nNo file names red, green or blue: their agents registered them. Each stands for a machine of one core, and\n\
+        "\nNo file names red, green or blue: their agents found the balancer in DNS and registered them. Each stands for a machine of one core, and\n\
          reports the CPU time of its service over that core. The load is 100 short connections a second and a few long.\n\
          \nTry, in another terminal:\n  \
            nc {} {}                      who answers? type a line; again\n  \
            curl http://{http}/metrics\n  \
+           dig @{} -p {} SRV _trimtab._tcp.{}\n  \
+           {exe} dns --control http://{control}\n  \
            {exe} resources --control http://{control}\n  \
            {exe} explain {POOL} --control http://{control}\n  \
            {exe} drain red --control http://{control}    and: {exe} ready red …\n  \
            kill {}                             stop red's service: its open connections are cut, new ones go elsewhere\n",
         listen.ip(),
         listen.port(),
+        dns.ip(),
+        dns.port(),
+        dns::ZONE,
         fleet.services[0].pid(),
     );
     if args.stress.is_none() {
@@ -347,6 +374,15 @@ fn start<const A: usize, const B: usize>(
     Process::start(&name, &args).map_err(|error| Failure::start(format!("cannot start {name}: {error}")))
 }
 
+/// A key that nobody else has.
+fn new_key() -> Result<TsigKey, Failure> {
+    let mut secret = [0; 32];
+    let mut random =
+        std::fs::File::open("/dev/urandom").map_err(|error| Failure::start(error.to_string()))?;
+    random.read_exact(&mut secret).map_err(|error| Failure::start(error.to_string()))?;
+    TsigKey::new("demo", &secret).map_err(|error| Failure::start(error.to_string()))
+}
+
 fn path(path: &Path) -> OsString {
     path.as_os_str().to_owned()
 }
@@ -393,6 +429,7 @@ mod tests {
     #[test]
     fn its_configuration_is_one() {
         let plan = Plan::make().expect("free ports");
+        std::fs::write(plan.key_file(), plan.key.file_text()).expect("our own folder");
         crate::config::Config::parse(plan.config().as_bytes()).expect("a good file");
     }
 }

@@ -12,6 +12,7 @@ pub mod logging;
 pub mod output;
 pub mod problem;
 pub mod proxy;
+pub mod publishing;
 pub mod register;
 pub mod serve;
 pub mod sidecar;

@@ -29,6 +29,7 @@ fn main() -> ExitCode {
         Command::Pull(args) => admin::pull(&args),
         Command::Register(args) => register::register(&args),
         Command::Deregister(args) => register::deregister(&args),
+        Command::Dns(args) => admin::dns::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::DemoService(args) => demo::service::run(args),
     });

@@ -22,7 +22,7 @@ use crate::failure::Failure;
 use crate::proxy::engine_reason;
 use crate::units::ListenAddress;
 use crate::upstream::Upstreams;
-use crate::{check, host_name, life};
+use crate::{check, host_name, life, publishing};
 
 /// Threads of control. Cores belong to the dataplane; reports of thousands of resources need less than one.
 const CONTROL_THREADS: usize = 2;
@@ -44,7 +44,9 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let runtime = runtime()?;
 
     let pools = Pools::of(&config);
-    let (bound, mut control) = bind(&config, &pools, &runtime)?;
+    let dns = discovery::Statuses::default();
+    let (bound, mut control) = bind(&config, &pools, &runtime, &dns)?;
+    let publications = publishing::publications(&config, &bound.addresses(), control.control_address())?;
     let lines = lines(&config, &bound, &control);
     let addresses: Vec<SocketAddr> = bound.addresses();
     let offers = control.offers();
@@ -54,6 +56,7 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let dataplane = bound.start().map_err(Failure::start)?;
     phase.send_replace(Phase::Ready);
     let mut upstreams = Upstreams::start(&config, &addresses, offers, runtime.handle())?;
+    let publisher = publishing::start(&runtime, publications, &dns);
     life::announce(&lines);
 
     let drained = life::run(
@@ -64,10 +67,15 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
         || {
             phase.send_replace(Phase::Draining);
             upstreams.leave(runtime.handle());
+            publisher.withdraw();
         },
     );
     phase.send_replace(Phase::Terminated);
     let ended = end_control(&runtime, control);
+    // Began with the drain, and takes two seconds from then on at most. Who leaves at a second signal does not wait.
+    if !matches!(drained, Err(Failure::SecondSignal(_))) {
+        runtime.block_on(publisher.withdrawn());
+    }
     runtime.shutdown_background();
     drained.and(ended)
 }
@@ -91,14 +99,19 @@ impl Pools {
 }
 
 /// Binds everything, or says everything that cannot be bound.
-fn bind(config: &Config, pools: &Pools, runtime: &Runtime) -> Result<(Bound, Control), Failure> {
+fn bind(
+    config: &Config,
+    pools: &Pools,
+    runtime: &Runtime,
+    dns: &discovery::Statuses,
+) -> Result<(Bound, Control), Failure> {
     let bound = dataplane::bind(dataplane_config(config, pools)).map_err(|errors| {
         let mut reasons: Vec<String> = errors.iter().map(listener_reason).collect();
         reasons.extend(refused("control.listen", config.control));
         reasons.extend(refused("http.listen", config.http));
         Failure::Start(reasons)
     })?;
-    let control = runtime.block_on(Control::bind(control_config(config, pools, &bound)));
+    let control = runtime.block_on(Control::bind(control_config(config, pools, &bound, dns)));
     let control = control.map_err(|error| {
         let mut reasons = vec![error.to_string()];
         if matches!(error, control::StartError::Bind { key: "control.listen", .. }) {
@@ -150,7 +163,7 @@ fn dataplane_config(config: &Config, pools: &Pools) -> dataplane::Config {
     made
 }
 
-fn control_config(config: &Config, pools: &Pools, bound: &Bound) -> ControlConfig {
+fn control_config(config: &Config, pools: &Pools, bound: &Bound, dns: &discovery::Statuses) -> ControlConfig {
     let addresses: Vec<_> = config.listeners.iter().zip(bound.addresses()).collect();
     let pools = config.pools.iter().zip(&pools.0).map(|(pool, publishers)| control::Pool {
         config: pool.clone(),
@@ -176,6 +189,7 @@ fn control_config(config: &Config, pools: &Pools, bound: &Bound) -> ControlConfi
         decision_log: config.decisions.log.clone(),
         pull: config.pull.clone(),
         providers: config.providers.clone(),
+        dns: dns.clone(),
     }
 }
 

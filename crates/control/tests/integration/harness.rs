@@ -84,6 +84,7 @@ pub(crate) fn config() -> (ControlConfig, Publisher) {
         decision_log: None,
         pull: control::PullConfig::default(),
         providers: Vec::new(),
+        dns: Default::default(),
     };
     (config, publisher)
 }

@@ -41,6 +41,7 @@ fn the_least_file_takes_every_default() {
             }],
             upstreams: Vec::new(),
             providers: Vec::new(),
+            dns: Vec::new(),
         }
     );
 }
@@ -501,7 +502,7 @@ fn single_errors() {
     for (head, expected) in [
         (
             "colour = 1",
-            "f:1:1: error: there is no key `colour`\n  hint: there are control, http, dataplane, decisions, notices, maintenance, pool, listener, upstream, provider\n",
+            "f:1:1: error: there is no key `colour`\n  hint: there are control, http, dataplane, decisions, notices, maintenance, pool, listener, upstream, provider, dns\n",
         ),
         (
             "[[control]]",
@@ -643,4 +644,131 @@ fn every_problem_of_a_provider_has_its_place_and_a_hint() {
          f:12:1: error: there are two providers named \"docker\"\n  \
          hint: the first is in line 10; give this one a name: name = \"docker2\"\n"
     );
+}
+
+/// A key file, and the `[[dns]]` that names it.
+fn with_dns(lines: &str) -> (tempfile::NamedTempFile, String) {
+    let key = tempfile::NamedTempFile::new().expect("a temporary file");
+    let printed = "key \"k\" {\n\talgorithm hmac-sha256;\n\tsecret \"c2VjcmV0LXNlY3JldA==\";\n};\n";
+    std::fs::write(key.path(), printed).expect("our own file");
+    let file = with_a_listener("").trim_start().to_owned();
+    let file = format!("{file}[[dns]]\n{}\n", lines.replace("KEY", &key.path().display().to_string()));
+    (key, file)
+}
+
+const DNS: &str = "zone = \"example.com\"\nserver = \"10.0.0.53:53\"\nkey_file = \"KEY\"\n";
+
+#[test]
+fn dns_as_it_may_be_written() {
+    let (_key, file) = with_dns(DNS);
+    let config = Config::parse(file.as_bytes()).expect("the least of it");
+    let dns = &config.dns[0];
+    assert_eq!((dns.zone.to_string(), dns.server.to_string()), ("example.com".into(), "10.0.0.53:53".into()));
+    assert_eq!(
+        (dns.key.name().as_str(), dns.ttl, dns.priority, dns.weight),
+        ("k", Duration::from_secs(10), 10, 100)
+    );
+    assert_eq!((&dns.name, &dns.owner, dns.port), (&None, &None, None));
+    assert!(dns.addresses.is_empty() && dns.services.is_empty());
+    // Whatever shows a configuration does not show that.
+    assert!(!format!("{config:?}").contains("secret-secret") && !format!("{config:?}").contains("c2Vj"));
+
+    let all = "ttl = \"1m\"\npriority = 0\nweight = 0\nname = \"lb1\"\nowner = \"lb-1\"\n\
+               addresses = [\"10.0.0.9\", \"2001:db8::9\"]\nport = 7400\n\
+               [[dns.service]]\nname = \"_postgresql._tcp\"\nlistener = \"tcp://127.0.0.1:5432\"\n\
+               [[dns.service]]\nname = \"_xmpp-client._tcp\"\nport = 5222\n";
+    let (_key, file) = with_dns(&format!("{DNS}{all}"));
+    let config = Config::parse(file.as_bytes()).expect("all of it");
+    let dns = &config.dns[0];
+    assert_eq!((dns.ttl, dns.priority, dns.weight), (Duration::from_secs(60), 0, 0));
+    assert_eq!(dns.addresses.len(), 2);
+    let services: Vec<_> =
+        dns.services.iter().map(|service| (service.service.to_string(), service.at)).collect();
+    assert_eq!(
+        services,
+        [
+            ("_postgresql._tcp".into(), ServiceAt::Listener(0)),
+            ("_xmpp-client._tcp".into(), ServiceAt::Port(5222))
+        ]
+    );
+}
+
+#[test]
+fn dns_as_it_may_not_be_written() {
+    let said = |lines: &str| {
+        let (key, file) = with_dns(lines);
+        errors(&file).replace(&key.path().display().to_string(), "KEY")
+    };
+    for (lines, wanted) in [
+        (
+            "",
+            "f:6:1: error: `dns.zone` is missing\n  hint: add zone = \"example.com\"\n\
+              f:6:1: error: `dns.server` is missing\n  hint: add server = \"10.0.0.53:53\"\n\
+              f:6:1: error: `dns.key_file` is missing\n  hint: add key_file = \"/etc/trimtab/tsig.key\"\n",
+        ),
+        (
+            &DNS.replace("example.com", "example..com"),
+            "f:7:8: error: `dns.zone`: \"example..com\" is no domain name: labels of letters, digits and -, with dots between them, such as example.com\n  hint: write \"example.com\"\n",
+        ),
+        (
+            &DNS.replace("10.0.0.53:53", "10.0.0.53"),
+            "f:8:10: error: `dns.server`: \"10.0.0.53\" is not an address\n  hint: the port is missing: write \"127.0.0.1:5432\" or \"[::1]:5432\"\n",
+        ),
+        (
+            &DNS.replace("10.0.0.53:53", "0.0.0.0:53"),
+            "f:8:10: error: `dns.server`: \"0.0.0.0:53\" is not one server's address\n  hint: write the address of the zone's primary: \"10.0.0.53:53\"\n",
+        ),
+        (
+            &DNS.replace("KEY", "/nowhere"),
+            "f:9:12: error: `dns.key_file`: cannot read the key file /nowhere: No such file or directory (os error 2)\n  hint: `tsig-keygen NAME` prints a key; save it there, readable for trimtab alone\n",
+        ),
+        (
+            &format!("{DNS}ttl = \"1500ms\""),
+            "f:10:7: error: `dns.ttl`: \"1500ms\" is not a time to live\n  hint: write whole seconds from \"1s\" to \"1d\"\n",
+        ),
+        (
+            &format!("{DNS}name = \"lb_1\""),
+            "f:10:8: error: `dns.name`: \"lb_1\" is no host name: letters, digits and -, such as lb1\n  hint: write \"lb1\"\n",
+        ),
+        (
+            &format!("{DNS}owner = \"a b\""),
+            "f:10:9: error: `dns.owner`: \"a b\" is not an owner\n  hint: write 1 to 100 letters, digits or . _ : / -, the same at every start of this balancer: \"lb-1\"\n",
+        ),
+        (
+            &format!("{DNS}addresses = [\"10.0.0.9:1\"]"),
+            "f:10:13: error: `dns.addresses`: \"10.0.0.9:1\" is not an IP address\n  hint: write addresses without a port that others reach this host at: [\"10.0.0.9\"]; without the key they are found out\n",
+        ),
+        (
+            &format!("{DNS}port = 0"),
+            "f:10:8: error: `dns.port`: 0 is out of range\n  hint: write a whole number from 1 to 65535, without quotes\n",
+        ),
+        (
+            &format!("{DNS}servr = 1"),
+            "f:10:1: error: there is no key `dns.servr`\n  hint: did you mean `server`?\n",
+        ),
+        (
+            &format!("{DNS}[[dns.service]]\nname = \"postgresql\"\nport = 1"),
+            "f:11:8: error: `dns.service.name`: \"postgresql\" is no service: two labels with underscores, such as _postgresql._tcp\n  hint: write \"_postgresql._tcp\"\n",
+        ),
+        (
+            &format!("{DNS}[[dns.service]]\nname = \"_a._tcp\""),
+            "f:10:1: error: `dns.service.listener` is missing\n  hint: add listener = \"tcp://0.0.0.0:5432\", the bind of a listener, or port = 5432\n",
+        ),
+        (
+            &format!("{DNS}[[dns.service]]\nname = \"_a._tcp\"\nlistener = \"tcp://127.0.0.1:5433\""),
+            "f:12:12: error: `dns.service.listener`: no listener is bound to \"tcp://127.0.0.1:5433\"\n  hint: did you mean \"tcp://127.0.0.1:5432\"?\n",
+        ),
+        (
+            &format!(
+                "{DNS}[[dns.service]]\nname = \"_a._tcp\"\nport = 1\nlistener = \"tcp://127.0.0.1:5432\""
+            ),
+            "f:12:8: error: `dns.service.port` and `dns.service.listener` say the same thing twice\n  hint: remove one of them\n",
+        ),
+        (
+            &format!("{DNS}[[dns]]\n{DNS}"),
+            "f:11:8: error: `dns.zone`: this zone at this server is there already\n  hint: the first is in line 7; remove one of them\n",
+        ),
+    ] {
+        assert_eq!(said(lines), wanted, "{lines}");
+    }
 }
