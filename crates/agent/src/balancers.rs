@@ -224,6 +224,10 @@ impl Balancers {
     pub(crate) async fn end(&self, lives: &mut Lives) {
         for entry in &self.set().entries {
             entry.stop.send_replace(true);
+            if !entry.lives {
+                // There is nobody to say so: it ended before it began.
+                entry.state.send_replace(AgentState::Deregistered);
+            }
         }
         while let Some(ended) = lives.join_next().await {
             // The first error said it all.

@@ -1,4 +1,5 @@
 //! A service for containers: says its host's name, and then each byte back, at every address. Ends when it is killed.
+#![forbid(unsafe_code)]
 
 use std::io::{self, Read as _, Write as _};
 use std::net::TcpStream;
