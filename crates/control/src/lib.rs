@@ -310,6 +310,7 @@ impl Control {
         let http = tokio::spawn(http::serve(self.http, Arc::clone(&shared)));
         let leave = tokio::spawn(tell_of_leave(Arc::clone(&shared)));
         let maintenance = tokio::spawn(notices::maintenance::run(Arc::clone(&shared), config.maintenance));
+        let webhook = tokio::spawn(notices::webhook::run(Arc::clone(&shared)));
         let prober = tokio::spawn(prober::run(Arc::clone(&shared)));
         let log =
             self.decision_log.map(|writer| tokio::spawn(decision_log::run(writer, Arc::clone(&shared))));
@@ -319,7 +320,7 @@ impl Control {
             .map(|of| tokio::spawn(provider::run(Arc::clone(&shared), of)))
             .collect();
         let served = grpc::serve(self.grpc, shared).await;
-        for task in [http, prober, leave, maintenance].into_iter().chain(log).chain(providers) {
+        for task in [http, prober, leave, maintenance, webhook].into_iter().chain(log).chain(providers) {
             task.abort();
         }
         served

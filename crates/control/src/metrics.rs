@@ -138,7 +138,6 @@ impl Metrics {
         self.counters.notices_failed.increment(failed);
     }
 
-    #[expect(dead_code, reason = "what is posted has no way yet")]
     pub(crate) fn notice_posted(&self, taken: bool) {
         let Counters { notices_posted, notice_posts_failed, .. } = &self.counters;
         if taken { notices_posted } else { notice_posts_failed }.increment(1);

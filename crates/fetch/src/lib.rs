@@ -1,4 +1,4 @@
-//! One bounded HTTP GET: what is pulled from a resource, or asked of a service beside an agent.
+//! One bounded HTTP request: what is pulled from a resource, asked of a service beside an agent, or posted to a resource.
 //!
 //! * It owns a [`Url`] that can be asked, the connection, TLS (rustls, ring) and the bounds: 64 KiB in the time that is given
 //!   (of a page of lines: 64 KiB of those that are wanted, and 1 MiB in all, of which the rest is not kept), `200` or nothing, no redirect followed, nothing decompressed (none is asked for, and one that comes is
@@ -13,9 +13,9 @@ mod url;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, HOST, LOCATION, USER_AGENT};
-use http::{Request, Response, StatusCode};
-use http_body_util::{BodyExt as _, Empty};
+use http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, HOST, LOCATION, USER_AGENT};
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt as _, Full};
 use hyper::body::{Body as _, Bytes, Incoming};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
@@ -70,6 +70,12 @@ pub enum FetchError {
         /// Its status.
         status: u16,
     },
+    /// What was posted was not taken.
+    #[error("the answer is {status}, which is no success")]
+    NotTaken {
+        /// Its status.
+        status: u16,
+    },
     /// It is compressed.
     #[error("the answer is compressed though none was asked for; nothing is decompressed")]
     Compressed,
@@ -91,6 +97,7 @@ impl FetchError {
             self,
             Self::Redirect { .. }
                 | Self::Status { .. }
+                | Self::NotTaken { .. }
                 | Self::Compressed
                 | Self::TooLong
                 | Self::PageTooLong
@@ -118,36 +125,75 @@ pub async fn get(
     take: Take<'_>,
     within: Duration,
 ) -> Result<Vec<u8>, FetchError> {
+    let request = request(url, Method::GET).header(ACCEPT, ACCEPTED).body(Full::default());
+    exchange(url, address, tls, within, request, async |response| body_of(response, take).await).await
+}
+
+/// Posts a body of this media type to `url` at `address`, for `within` in all. Any status of success (2xx) will do, and what
+/// comes with it is not read.
+///
+/// # Errors
+/// See [`FetchError`].
+pub async fn post(
+    url: &Url,
+    address: SocketAddr,
+    tls: &Tls,
+    (media_type, body): (&str, Vec<u8>),
+    within: Duration,
+) -> Result<(), FetchError> {
+    let request = request(url, Method::POST).header(CONTENT_TYPE, media_type).body(Full::from(body));
+    exchange(url, address, tls, within, request, async |response: Response<Incoming>| {
+        refuse_redirect(&response)?;
+        match response.status() {
+            status if status.is_success() => Ok(()),
+            status => Err(FetchError::NotTaken { status: status.as_u16() }),
+        }
+    })
+    .await
+}
+
+/// What every request has.
+fn request(url: &Url, method: Method) -> http::request::Builder {
+    Request::builder()
+        .method(method)
+        .uri(url.path_and_query())
+        .header(HOST, url.authority())
+        .header(USER_AGENT, concat!("trimtab/", env!("CARGO_PKG_VERSION")))
+        .header(ACCEPT_ENCODING, "identity")
+        .header(http::header::CONNECTION, "close")
+}
+
+async fn exchange<T>(
+    url: &Url,
+    address: SocketAddr,
+    tls: &Tls,
+    within: Duration,
+    request: http::Result<Request<Full<Bytes>>>,
+    answer: impl AsyncFnOnce(Response<Incoming>) -> Result<T, FetchError>,
+) -> Result<T, FetchError> {
+    // Its parts were checked when the URL was parsed.
+    let Ok(request) = request else { return Err(FetchError::Status { status: 0 }) };
     let answered = tokio::time::timeout(within, async {
         let stream = TcpStream::connect(address).await.map_err(|why| FetchError::Connect { address, why })?;
         if !url.is_tls() {
-            return ask(url, take, stream).await;
+            return ask(request, stream, answer).await;
         }
         let secured = tls.connect(url.host(), stream).await;
-        ask(url, take, secured.map_err(|why| FetchError::Tls { address, why })?).await
+        ask(request, secured.map_err(|why| FetchError::Tls { address, why })?, answer).await
     });
     answered.await.map_err(|_| FetchError::Late(within))?
 }
 
-async fn ask(
-    url: &Url,
-    take: Take<'_>,
+async fn ask<T>(
+    request: Request<Full<Bytes>>,
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-) -> Result<Vec<u8>, FetchError> {
+    answer: impl AsyncFnOnce(Response<Incoming>) -> Result<T, FetchError>,
+) -> Result<T, FetchError> {
     let (mut sender, connection) =
         http1::Builder::new().max_buf_size(HEAD_BYTES_MAX).handshake(TokioIo::new(stream)).await?;
-    let request = Request::get(url.path_and_query())
-        .header(HOST, url.authority())
-        .header(USER_AGENT, concat!("trimtab/", env!("CARGO_PKG_VERSION")))
-        .header(ACCEPT, ACCEPTED)
-        .header(ACCEPT_ENCODING, "identity")
-        .header(http::header::CONNECTION, "close")
-        .body(Empty::<Bytes>::new());
-    // Its parts were checked when the URL was parsed.
-    let Ok(request) = request else { return Err(FetchError::Status { status: 0 }) };
     let answer = async {
         let response = sender.send_request(request).await?;
-        body_of(response, take).await
+        answer(response).await
     };
     // Both in this task: when it is dropped, at the end of its time, the connection goes with it.
     let mut answer = std::pin::pin!(answer);
@@ -159,11 +205,17 @@ async fn ask(
     }
 }
 
-async fn body_of(response: Response<Incoming>, take: Take<'_>) -> Result<Vec<u8>, FetchError> {
+fn refuse_redirect(response: &Response<Incoming>) -> Result<(), FetchError> {
     let status = response.status();
     if status.is_redirection() && response.headers().contains_key(LOCATION) {
         return Err(FetchError::Redirect { status: status.as_u16() });
     }
+    Ok(())
+}
+
+async fn body_of(response: Response<Incoming>, take: Take<'_>) -> Result<Vec<u8>, FetchError> {
+    refuse_redirect(&response)?;
+    let status = response.status();
     if status != StatusCode::OK {
         return Err(FetchError::Status { status: status.as_u16() });
     }

@@ -3,9 +3,9 @@
 //! Owns: the balancer's notices ([`book`]), and that all ways learn of a new one. Does not own: the ways (`registration` for
 //! streams, [`webhook`]), and what a resource makes of it.
 
-#[cfg_attr(not(test), expect(dead_code, reason = "what is posted has no way yet"))]
 pub(crate) mod book;
 pub(crate) mod maintenance;
+pub(crate) mod webhook;
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -203,6 +203,23 @@ impl Notices {
         let now = self.clock.now();
         let book = self.lock();
         book.all().map(|kept| status(kept, &resources, now)).collect()
+    }
+
+    /// Notices that are to be posted to this resource now.
+    fn post(&self, id: &ResourceId, pool: &PoolName) -> Vec<Notice> {
+        self.lock().post(id, pool, self.clock.now(), SystemTime::now())
+    }
+
+    /// What became of a post.
+    fn posted(&self, id: &ResourceId, notice: &str, failure: Option<String>) {
+        let failure = failure.map(|why| shortened(why, FAILURE_BYTES_MAX));
+        self.lock().posted(id, notice, failure, self.clock.now());
+    }
+
+    /// When the next post is due that waits after a failure; `None`: none does.
+    fn next_post(&self) -> Option<std::time::Instant> {
+        let next = self.lock().next_post(SystemTime::now())?;
+        self.clock.instant(next)
     }
 
     /// How many times a notice that holds is not taken by a resource that it is for.

@@ -158,6 +158,18 @@ impl Puller {
         self.targets.judge(registration.address().ip(), host, port)
     }
 
+    /// The address that may be asked for a URL of a resource, by the same rules as for its script, and how HTTPS is spoken.
+    pub(crate) async fn pin_url(
+        &self,
+        registration: &Registration,
+        url: &fetch::Url,
+        within: Duration,
+    ) -> Result<(SocketAddr, &Tls), TargetError> {
+        let resource = registration.address().ip();
+        let address = self.targets.pin(resource, url.host(), url.port(), within).await?;
+        Ok((address, &self.tls))
+    }
+
     /// Follows the script of a resource that has just registered, and gives what came of its first execution; `None`: it was
     /// followed already. A resource without one is followed no longer.
     pub(crate) async fn follow(
