@@ -27,7 +27,9 @@ use crate::config::{AgentConfig, AgentError, ServiceCheck};
 use crate::discover;
 use crate::file::UtilizationFile;
 use crate::probe;
+use crate::serve;
 use crate::service::{self, ConnectTime, Service};
+use crate::sources::Sources;
 use crate::supply;
 
 /// Longest time between two checks of the service, under long report intervals.
@@ -109,12 +111,20 @@ impl Agent {
     /// When the address for probes cannot be had, or the service answers and its cgroup does not exist.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), AgentError> {
         let (service_sender, service) = watch::channel(Service::Unknown);
-        let file = UtilizationFile::new(&self.config);
+        let sources = Arc::new(Sources::new(&self.config.sources));
+        let file = UtilizationFile::new(&self.config, Arc::clone(&sources));
         let connect_time = ConnectTime::default();
-        let common =
-            Arc::new(Common { config: self.config, file, service, connect_time, balancers: self.balancers });
+        let common = Arc::new(Common {
+            config: self.config,
+            file,
+            sources,
+            service,
+            connect_time,
+            balancers: self.balancers,
+        });
         // Before anybody is told of it.
         let probes = bind_probes(&common.config).await?;
+        let servers = serve::Servers::bind(&common.config.serve).await?;
         let mut lives = JoinSet::new();
         let result = tokio::select! {
             error = Balancers::live(&common, &mut lives) => Err(error),
@@ -122,6 +132,8 @@ impl Agent {
             never = check_service(&common, service_sender) => match never? {},
             never = answer_probes(probes, &common) => match never {},
             never = common.file.watch() => match never {},
+            never = common.sources.follow(&common.config) => match never {},
+            error = servers.run(&common) => Err(error),
             () = shutdown => Ok(()),
         };
         common.balancers.end(&mut lives).await;
@@ -134,6 +146,7 @@ impl Agent {
 pub(crate) struct Common {
     pub(crate) config: AgentConfig,
     pub(crate) file: UtilizationFile,
+    pub(crate) sources: Arc<Sources>,
     pub(crate) service: watch::Receiver<Service>,
     pub(crate) connect_time: ConnectTime,
     pub(crate) balancers: Balancers,

@@ -91,6 +91,8 @@ struct Entry {
     stop: watch::Sender<bool>,
     /// Whether there is a life.
     lives: bool,
+    /// Whether an operator drains the resource there.
+    drains: bool,
 }
 
 impl Entry {
@@ -135,6 +137,7 @@ impl Balancers {
             state: watch::Sender::new(AgentState::CheckingService),
             stop: watch::Sender::new(false),
             lives: false,
+            drains: false,
         });
         drop(set);
         self.changed.notify_one();
@@ -186,6 +189,23 @@ impl Balancers {
         if let Some(entry) = self.set().entries.iter().find(|entry| entry.id == id) {
             entry.state.send_replace(state);
         }
+    }
+
+    /// A balancer's view of the resource: whether an operator drains it there.
+    pub(crate) fn set_drains(&self, id: BalancerId, drains: bool) {
+        if let Some(entry) = self.set().entries.iter_mut().find(|entry| entry.id == id) {
+            entry.drains = drains;
+        }
+    }
+
+    /// Whether an operator drains the resource at any of them.
+    pub(crate) fn any_drains(&self) -> bool {
+        self.set().entries.iter().any(|entry| entry.drains)
+    }
+
+    /// How many answer reports now.
+    pub(crate) fn reporting(&self) -> usize {
+        self.set().entries.iter().filter(|entry| entry.reports()).count()
     }
 
     /// How many balancers a report to this one says there are: those that answer now, and the one it goes to, which

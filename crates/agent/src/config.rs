@@ -9,6 +9,8 @@ use api::v1;
 use tokio::sync::watch;
 use tonic::transport::Uri;
 
+use crate::serve::ServeConfig;
+use crate::sources::NumberSource;
 use crate::supply::Supplied;
 use crate::utilization::{NoSuchCgroup, Roots, Source};
 
@@ -48,6 +50,11 @@ pub struct AgentConfig {
     /// Where to answer a balancer's probes, by UDP; an address of the resource's host, neither unspecified nor of port 0.
     /// It stands for the resource's `probe_address`. Unset: they are not answered here.
     pub probe: Option<SocketAddr>,
+    /// Where the service's own numbers come from; they stand above the measured ones, a later one above an earlier one, and
+    /// below the utilization file.
+    pub sources: Vec<NumberSource>,
+    /// Where the numbers are served to others.
+    pub serve: ServeConfig,
     /// How to try again.
     pub retry: Retry,
     /// Decides all that is random: the jitter of pauses. Agents that start at once should differ in it.
@@ -106,6 +113,8 @@ impl AgentConfig {
             bandwidth_cost: None,
             check: ServiceCheck::Tcp { timeout: Duration::from_secs(1) },
             probe: None,
+            sources: Vec::new(),
+            serve: ServeConfig::default(),
             retry: Retry::default(),
             seed: u64::from(since_1970.subsec_nanos()) ^ (u64::from(std::process::id()) << 32),
         }
@@ -192,6 +201,16 @@ pub enum AgentError {
     #[error("cannot answer probes at {address}: {why}")]
     ProbeBind {
         /// What it is.
+        address: SocketAddr,
+        /// What the system says.
+        why: String,
+    },
+    /// The system does not give an address that the numbers are to be served at.
+    #[error("cannot serve {what} at {address}: {why}")]
+    ServeBind {
+        /// `ORCA`, `agent-check` or `metrics`.
+        what: &'static str,
+        /// Where.
         address: SocketAddr,
         /// What the system says.
         why: String,

@@ -11,16 +11,18 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use api::v1::Labels;
+use formats::{DocumentError, ENTRIES_MAX};
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::warn;
 
 use crate::config::AgentConfig;
-use crate::utilization::{ENTRIES_MAX, Override, OverrideError};
+use crate::sources::Sources;
+use crate::utilization::{Override, OverrideError, read_override};
 
 /// How often to look whether the file changed, apart from reports.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
@@ -35,27 +37,38 @@ pub(crate) struct UtilizationFile {
     reported: watch::Sender<Option<Labels>>,
     /// What was last said about the file; forgotten when it can be read.
     said: Mutex<Option<String>>,
+    /// What the service says of itself otherwise, below the file.
+    sources: Arc<Sources>,
 }
 
 impl UtilizationFile {
-    pub(crate) fn new(config: &AgentConfig) -> Self {
+    pub(crate) fn new(config: &AgentConfig, sources: Arc<Sources>) -> Self {
         Self {
             path: config.utilization_file.clone(),
             labels: config.resource.labels.clone(),
             reported: watch::Sender::new(None),
             said: Mutex::new(None),
+            sources,
         }
     }
 
-    /// What it says now; nothing, where it is wrong or not there.
+    /// What stands above what is measured now: the sources of the service's own numbers, and above them the file; of a file
+    /// that is wrong or not there, nothing.
     pub(crate) fn read(&self) -> Override {
-        let Some(path) = &self.path else { return Override::default() };
-        let read = Override::read(path).and_then(|read| {
-            self.note_labels(&read)?;
-            Ok(read)
+        let below = self.sources.at(tokio::time::Instant::now());
+        let Some(path) = &self.path else {
+            // Their own maps are within their bounds; with the configuration's labels they may be too many.
+            self.say("the service's own numbers", self.note_labels(&below).err().as_ref());
+            return below;
+        };
+        let read = read_override(path).and_then(|file| {
+            let mut all = below.clone();
+            all.overlay(file);
+            self.note_labels(&all)?;
+            Ok(all)
         });
-        self.say(path, read.as_ref().err());
-        read.unwrap_or_default()
+        self.say(&path.display().to_string(), read.as_ref().err());
+        read.unwrap_or(below)
     }
 
     /// Follows all the labels of the resource; `None` until the file had any. What changed was noticed by a
@@ -96,7 +109,8 @@ impl UtilizationFile {
         let mut all = self.labels.clone();
         all.extend(read.labels.iter().flatten().map(|(key, value)| (key.clone(), value.clone())));
         if all.len() > ENTRIES_MAX {
-            return Err(OverrideError::TooMany { key: "labels with those of the agent", count: all.len() });
+            let (key, count) = ("labels with those of the agent", all.len());
+            return Err(DocumentError::TooMany { key, count }.into());
         }
         self.reported.send_if_modified(|reported| {
             let new = (read.labels.is_some() || reported.is_some()).then_some(Labels { entries: all });
@@ -108,11 +122,11 @@ impl UtilizationFile {
     }
 
     /// Each error once until the file is right or wrong in another way.
-    fn say(&self, path: &Path, error: Option<&OverrideError>) {
+    fn say(&self, path: &str, error: Option<&OverrideError>) {
         let error = error.map(ToString::to_string);
         let mut said = self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(error) = error.as_ref().filter(|_| *said != error) {
-            warn!(file = %path.display(), error, "the utilization file is ignored");
+            warn!(file = path, error, "the utilization file is ignored");
         }
         *said = error;
     }
@@ -142,7 +156,7 @@ mod tests {
     fn the_files_labels_overlay_those_of_the_configuration_once_there_are_any() {
         let labels = HashMap::from([("zone", "eu"), ("role", "reader")].map(|(k, v)| (k.into(), v.into())));
         let config = AgentConfig::new(Vec::new(), Resource { labels, ..Resource::default() });
-        let file = UtilizationFile::new(&config);
+        let file = UtilizationFile::new(&config, Arc::default());
         let labels = file.labels();
         let note = |text: &str| file.note_labels(&Override::parse(text.as_bytes()).unwrap());
         let now = || {

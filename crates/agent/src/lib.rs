@@ -2,7 +2,7 @@
 //! cgroup is, and deregisters it at the end.
 //!
 //! Owns: reading utilization ([`utilization`]), and an agent's life ([`Agent`]): waiting for its own service, trying
-//! again, reporting, answering probes, taking leave. Does not own: the command line, signals, and what a balancer makes of a report.
+//! again, reporting, answering probes, taking the service's own numbers and serving all of them to others, taking leave. Does not own: the command line, signals, and what a balancer makes of a report.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), agent::AgentError> {
@@ -30,12 +30,16 @@ mod life;
 mod meter;
 mod probe;
 mod said;
+mod serve;
 mod service;
 mod session;
+mod sources;
 mod supply;
 pub mod utilization;
 
 pub use crate::agent::{Agent, AgentState, run};
 pub use crate::config::{AgentConfig, AgentError, Retry, ServiceCheck};
+pub use crate::serve::ServeConfig;
+pub use crate::sources::NumberSource;
 pub use crate::supply::Supplied;
 pub use crate::utilization::{Roots, Source};

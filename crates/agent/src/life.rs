@@ -101,6 +101,7 @@ impl Life {
             // Not before the service answers: from its registration on a resource may be given flows.
             self.wait_for_service().await;
             let (ended, was_heard) = self.session(&mut meter).await;
+            self.common.balancers.set_drains(self.id, false);
             if was_heard {
                 backoff.reset();
                 self.attempt = 0;

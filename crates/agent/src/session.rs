@@ -304,6 +304,8 @@ impl<'a> Session<'a> {
         }
         if self.resource_state != ack.state() {
             self.resource_state = ack.state();
+            let drains = self.resource_state == ResourceState::Draining;
+            self.common.balancers.set_drains(self.balancer, drains);
             let state = self.resource_state.as_str_name().trim_start_matches("RESOURCE_STATE_");
             info!(state, weight = ack.weight, share = ack.share, "the balancer's view of this resource");
         }

@@ -5,15 +5,14 @@
 //! the resource goes; so are the dataplane's histograms, whose buckets it counts itself.
 
 mod provider;
-mod text;
 
 use ::metrics::{Counter, counter, describe_counter, describe_gauge, gauge, with_local_recorder};
 use allocation::telemetry::{EngineSnapshot, HistogramSnapshot, ListenerSnapshot};
+pub(crate) use formats::Exposition as Text;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use registry::{PoolStatus, ResourceState, ResourceStatus, VersionStatus};
 
 pub(crate) use self::provider::ProviderMetrics;
-pub(crate) use self::text::Text;
 use crate::Shared;
 
 /// What became of a report.
@@ -394,7 +393,9 @@ fn write_histograms(text: &mut Text, listeners: &[ListenerSnapshot]) {
     for (name, help, of) in families {
         text.family(name, "histogram", help);
         for listener in listeners {
-            text.histogram(name, &[("listener", &listener.name)], of(listener));
+            let histogram = of(listener);
+            let counted = (histogram.bounds, histogram.counts.as_slice(), histogram.sum_seconds);
+            text.histogram(name, &[("listener", &listener.name)], counted);
         }
     }
 }

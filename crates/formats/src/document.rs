@@ -103,7 +103,10 @@ impl Document {
     }
 
     /// Whether every value is in its range.
-    pub(crate) fn check(&self) -> Result<(), DocumentError> {
+    ///
+    /// # Errors
+    /// The first that is not.
+    pub fn check(&self) -> Result<(), DocumentError> {
         let positive = "a number of 0 or more";
         let unit = "a ratio from 0 to 1";
         let scalars = [

@@ -9,6 +9,7 @@
 
 pub mod agent_check;
 mod document;
+mod exposition;
 mod expression;
 mod mapping;
 pub mod notice;
@@ -16,6 +17,7 @@ pub mod prometheus;
 mod recipes;
 
 pub use document::{Document, DocumentError, ENTRIES_MAX};
+pub use exposition::Exposition;
 pub use mapping::{MAPPING_BYTES_MAX, Mapping, MappingError, PageError, Past};
 pub use recipes::{RECIPES, recipe};
 

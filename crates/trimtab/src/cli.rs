@@ -8,6 +8,7 @@ use allocation::{Policy, ResourceId};
 use clap::builder::ArgPredicate;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use numbers::NumbersArgs;
 pub use script::{ScriptArgs, read_mapping};
 
 use crate::config::{Engine, above_zero, parse_policy, zero_disables};
@@ -15,6 +16,7 @@ use crate::problem::Problem;
 use crate::units::{ListenAddress, parse_address, parse_bandwidth, parse_duration};
 
 pub mod notify;
+mod numbers;
 mod script;
 
 const EXAMPLES: &str = "\
@@ -68,7 +70,7 @@ pub enum Command {
     /// Say everything that is wrong with a configuration file (exit 78), and bind nothing.
     Check(CheckArgs),
     /// Run beside a resource: register it, report its host's utilization, deregister it at SIGTERM.
-    Agent(AgentArgs),
+    Agent(Box<AgentArgs>),
     /// List the resources that are registered, and what they get.
     Resources(ResourcesArgs),
     /// List the pools.
@@ -236,6 +238,9 @@ pub struct AgentArgs {
     /// Do not check that the service answers at its address.
     #[arg(long)]
     pub no_check: bool,
+    /// The service's own numbers, and whom they are served to.
+    #[command(flatten)]
+    pub numbers: NumbersArgs,
     /// Have the balancer fetch the utilization; the agent then says only whether the service answers.
     #[command(flatten)]
     pub script: ScriptArgs,

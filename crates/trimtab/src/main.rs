@@ -16,7 +16,7 @@ fn main() -> ExitCode {
     let ended = logging::start(&cli.log_level).and_then(|()| match cli.command {
         Command::Proxy(args) => proxy::run(&args),
         Command::Serve(args) => serve::run(&args),
-        Command::Agent(args) => sidecar::run(args),
+        Command::Agent(args) => sidecar::run(*args),
         Command::Check(args) => check::run(&args),
         Command::Resources(args) => admin::resources(&args),
         Command::Pools(args) => admin::pools(&args),

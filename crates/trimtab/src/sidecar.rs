@@ -28,6 +28,9 @@ pub fn run(args: AgentArgs) -> Result<(), Failure> {
     // A look at a file that hangs must not keep the process.
     runtime.shutdown_background();
     ended.map_err(|error| match error {
+        AgentError::ServeBind { .. } => {
+            Failure::start(format!("{error}\n  name an address of this host and a port that is free"))
+        }
         AgentError::ProbeBind { .. } => Failure::start(format!(
             "{error}\n  --probe takes an address of this host and a port that is free"
         )),
@@ -82,6 +85,8 @@ fn configuration(args: AgentArgs) -> Result<AgentConfig, Failure> {
     config.bandwidth_capacity_bps = args.bandwidth;
     config.bandwidth_cost = args.bandwidth_cost;
     config.probe = args.probe;
+    config.sources = args.numbers.sources()?;
+    config.serve = args.numbers.serve();
     if args.no_check {
         config.check = ServiceCheck::None;
     }
@@ -111,7 +116,7 @@ mod tests {
         else {
             panic!("{flags:?}")
         };
-        configuration(args)
+        configuration(*args)
     }
 
     #[test]

@@ -16,8 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use cgroup::{Cgroup, NoSuchCgroup};
-pub(crate) use override_file::ENTRIES_MAX;
-pub use override_file::{Override, OverrideError};
+pub use override_file::{Override, OverrideError, read_override};
 
 /// Most that a CPU ratio can say. A cgroup may burst over its quota and clocks differ a little; more than ten times
 /// its capacity is a counter that jumped.

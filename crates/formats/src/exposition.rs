@@ -1,33 +1,37 @@
-//! The Prometheus text format, for what the recorder cannot do: series that go when their resource goes, and
-//! histograms that were counted elsewhere.
+//! Writing Prometheus' text format 0.0.4: for series that come and go, and histograms that were counted elsewhere.
 
 use std::fmt::Write;
 
-use allocation::telemetry::HistogramSnapshot;
-
 /// A page in the making.
 #[derive(Debug, Default)]
-pub(crate) struct Text(String);
+pub struct Exposition(String);
 
-impl Text {
+impl Exposition {
     /// Begins a family; all its samples must follow before the next.
-    pub(crate) fn family(&mut self, name: &str, kind: &str, help: &str) {
+    pub fn family(&mut self, name: &str, kind: &str, help: &str) {
         // Writing to a string does not fail.
         let _ = writeln!(self.0, "# HELP {name} {}", help.replace('\\', "\\\\").replace('\n', "\\n"));
         let _ = writeln!(self.0, "# TYPE {name} {kind}");
     }
 
-    pub(crate) fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
+    /// One series of the family that was begun.
+    pub fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
         self.0.push_str(name);
         self.labels(labels, None);
         let _ = writeln!(self.0, " {}", number(value));
     }
 
-    /// All samples of one histogram of the family that was begun.
-    pub(super) fn histogram(&mut self, name: &str, labels: &[(&str, &str)], histogram: &HistogramSnapshot) {
+    /// All samples of one histogram of the family that was begun: upper bounds in ascending order, how many fell below each and
+    /// above the last, and their sum.
+    pub fn histogram(
+        &mut self,
+        name: &str,
+        labels: &[(&str, &str)],
+        (bounds, counts, sum): (&[f64], &[u64], f64),
+    ) {
         let mut below = 0;
-        let bounds = histogram.bounds.iter().copied().chain([f64::INFINITY]);
-        for (bound, count) in bounds.zip(&histogram.counts) {
+        let bounds = bounds.iter().copied().chain([f64::INFINITY]);
+        for (bound, count) in bounds.zip(counts) {
             below += count;
             let _ = write!(self.0, "{name}_bucket");
             self.labels(labels, Some(bound));
@@ -35,13 +39,14 @@ impl Text {
         }
         let _ = write!(self.0, "{name}_sum");
         self.labels(labels, None);
-        let _ = writeln!(self.0, " {}", number(histogram.sum_seconds));
+        let _ = writeln!(self.0, " {}", number(sum));
         let _ = write!(self.0, "{name}_count");
         self.labels(labels, None);
         let _ = writeln!(self.0, " {below}");
     }
 
-    pub(super) fn into_string(self) -> String {
+    /// The page.
+    pub fn into_string(self) -> String {
         self.0
     }
 
@@ -90,7 +95,7 @@ mod tests {
 
     #[test]
     fn labels_are_escaped() {
-        let mut text = Text::default();
+        let mut text = Exposition::default();
         text.family("a", "gauge", "Back\\slash\nand line.");
         text.sample("a", &[("x", "q\"b\\n\nend"), ("y", "plain")], 0.5);
         text.sample("a", &[], f64::INFINITY);
@@ -102,10 +107,8 @@ mod tests {
 
     #[test]
     fn a_histogram_is_cumulative_and_exact() {
-        let mut text = Text::default();
-        let bounds: &'static [f64] = &[0.1, 1.0];
-        let histogram = HistogramSnapshot { bounds, counts: vec![2, 0, 3], sum_seconds: 12.25 };
-        text.histogram("s", &[("l", "x")], &histogram);
+        let mut text = Exposition::default();
+        text.histogram("s", &[("l", "x")], (&[0.1, 1.0], &[2, 0, 3], 12.25));
         assert_eq!(
             text.into_string(),
             "s_bucket{l=\"x\",le=\"0.1\"} 2\ns_bucket{l=\"x\",le=\"1\"} 2\ns_bucket{l=\"x\",le=\"+Inf\"} 5\n\
