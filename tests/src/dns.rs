@@ -5,11 +5,12 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::{PATIENCE, Process, until};
+use crate::{Namespace, PATIENCE, Process, until};
 
 /// The zone that every server here has.
 pub const ZONE: &str = "example.test";
@@ -52,6 +53,8 @@ pub struct DnsServer {
     address: SocketAddr,
     process: Option<Process>,
     folder: TempDir,
+    /// Where it runs, if not where the test does.
+    namespace: Option<Arc<Namespace>>,
 }
 
 impl DnsServer {
@@ -61,8 +64,22 @@ impl DnsServer {
     /// When it is not installed or does not start.
     #[track_caller]
     pub fn start(kind: DnsKind) -> Self {
+        Self::start_at(kind, address(kind), None)
+    }
+
+    /// Starts one in a network of its own, at an address that is there.
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    #[track_caller]
+    pub fn start_in(kind: DnsKind, address: SocketAddr, namespace: Arc<Namespace>) -> Self {
+        Self::start_at(kind, address, Some(namespace))
+    }
+
+    #[track_caller]
+    fn start_at(kind: DnsKind, address: SocketAddr, namespace: Option<Arc<Namespace>>) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let mut server = Self { kind, address: address(kind), process: None, folder };
+        let mut server = Self { kind, address, process: None, folder, namespace };
         server.write_key("key.conf", KEY);
         server.make_zone();
         server.start_again();
@@ -116,19 +133,18 @@ impl DnsServer {
     pub fn start_again(&mut self) {
         assert!(self.process.is_none(), "it still runs");
         let folder = self.folder.path().to_str().expect("a plain path");
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--"]);
+        let program = match self.kind {
+            DnsKind::Bind => "/usr/sbin/named",
+            DnsKind::Knot => "/usr/sbin/knotd",
+            DnsKind::PowerDns => "/usr/sbin/pdns_server",
+        };
+        let mut command = self.command(program);
         match self.kind {
-            DnsKind::Bind => {
-                command.args(["/usr/sbin/named", "-g", "-n", "1", "-c", &format!("{folder}/named.conf")])
+            DnsKind::Bind => command.args(["-g", "-n", "1", "-c", &format!("{folder}/named.conf")]),
+            DnsKind::Knot => command.args(["-c", &format!("{folder}/knot.conf")]),
+            DnsKind::PowerDns => {
+                command.args([&format!("--config-dir={folder}"), "--guardian=no", "--daemon=no"])
             }
-            DnsKind::Knot => command.args(["/usr/sbin/knotd", "-c", &format!("{folder}/knot.conf")]),
-            DnsKind::PowerDns => command.args([
-                "/usr/sbin/pdns_server",
-                &format!("--config-dir={folder}"),
-                "--guardian=no",
-                "--daemon=no",
-            ]),
         };
         self.process = Some(Process::start(&format!("{:?}", self.kind), &mut command));
         until(&format!("{:?} answers", self.kind), || {
@@ -159,7 +175,19 @@ impl DnsServer {
     /// What `dig +short` says, sorted; empty: nothing, or no answer.
     #[track_caller]
     pub fn dig(&self, name: &str, kind: &str) -> Vec<String> {
-        dig(self.address, name, kind)
+        dig_by(self.command("dig"), self.address, name, kind)
+    }
+
+    /// A command where it runs, which ends when the thread that starts it does.
+    fn command(&self, program: &str) -> Command {
+        match &self.namespace {
+            Some(namespace) => namespace.command(program),
+            None => {
+                let mut command = Command::new("setpriv");
+                command.args(["--pdeathsig", "KILL", "--", program]);
+                command
+            }
+        }
     }
 
     /// The zone's serial number.
@@ -292,8 +320,13 @@ pub fn section(server: SocketAddr, key_file: &Path, name: &str, further: &str) -
 /// When dig is not installed.
 #[track_caller]
 pub fn dig(server: SocketAddr, name: &str, kind: &str) -> Vec<String> {
+    dig_by(Command::new("dig"), server, name, kind)
+}
+
+#[track_caller]
+fn dig_by(mut dig: Command, server: SocketAddr, name: &str, kind: &str) -> Vec<String> {
     let (at, port) = (format!("@{}", server.ip()), server.port().to_string());
-    let output = Command::new("dig")
+    let output = dig
         .args([&at, "-p", &port, "+short", "+time=1", "+tries=1", name, kind])
         .output()
         .expect("dig is installed (`cargo xtask install`)");

@@ -20,8 +20,11 @@ pub(crate) fn target_folder() -> PathBuf {
 }
 
 /// The binary under test: `TRIMTAB_BIN`, or the release build.
+///
+/// # Panics
+/// When it is not built.
 #[track_caller]
-fn binary() -> PathBuf {
+pub fn binary() -> PathBuf {
     let named = std::env::var_os("TRIMTAB_BIN").map(PathBuf::from);
     let binary = named.unwrap_or_else(|| target_folder().join("release/trimtab"));
     assert!(

@@ -5,7 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
-use e2e::{Balancer, BalancerConfig, DnsKind, DnsServer, PATIENCE, Proxy, ZONE, dns_section, until};
+use e2e::{
+    Balancer, BalancerConfig, DnsKind, DnsServer, Namespace, PATIENCE, Process, Proxy, ZONE, binary,
+    dns_section, until,
+};
 use rustix::process::Signal;
 
 const SRV: &str = "_trimtab._tcp.example.test";
@@ -191,6 +194,9 @@ fn a_server_that_is_down_delays_nothing_and_has_all_when_it_is_back() {
         assert_eq!(one.probe("/readyz").map(|answer| answer.status), Some(200));
         let said = wait_for_failure(&one);
         assert!(said.contains("cannot be reached: Connection refused"), "{said}");
+        let ready = one.probe("/readyz?verbose").expect("an answer");
+        assert_eq!(ready.status, 200, "no DNS server makes it unready");
+        assert!(ready.body.contains("dns example.test at ") && ready.body.contains(&said), "{}", ready.body);
         server.start_again();
         wait_for(&server, SRV, "SRV", &[srv(&one, "lb1")]);
         until("it knows", || published(&one).then_some(()));
@@ -318,4 +324,74 @@ fn a_server_that_says_nothing_holds_nothing_up() {
     println!("ended {took:?} after SIGTERM beside a silent server");
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     assert!(took < Duration::from_secs(4), "{took:?}");
+}
+
+#[test]
+fn addresses_are_followed_as_they_come_and_go() {
+    let namespace = Arc::new(Namespace::new());
+    for address in ["10.9.0.53/24", "10.9.0.1/24", "fd00:9::1/64"] {
+        namespace.ip(&["addr", "add", address, "dev", "lo"]);
+    }
+    let server = "10.9.0.53:53".parse().expect("an address");
+    let server = DnsServer::start_in(DnsKind::Bind, server, Arc::clone(&namespace));
+    // Nobody tells it an address: it listens at all of them.
+    let config = format!(
+        "[control]\nlisten = \"[::]:7400\"\ninsecure = true\n[http]\nlisten = \"127.0.0.1:7480\"\n\
+         [dataplane]\nworkers = 1\n[[pool]]\nname = \"sql\"\n\
+         [[listener]]\nbind = \"tcp://0.0.0.0:5432\"\npool = \"sql\"\n{}\
+         [[dns.service]]\nname = \"_postgresql._tcp\"\nlistener = \"tcp://0.0.0.0:5432\"\n",
+        server.section("lb1", "")
+    );
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("trimtab.toml");
+    std::fs::write(&file, config).expect("a file in our own folder");
+    let mut command = namespace.command(binary().to_str().expect("a plain path"));
+    let mut process = Process::start("balancer", command.arg("serve").arg("-c").arg(&file));
+
+    let lines = |wanted: &[&str]| wanted.iter().map(|line| (*line).to_owned()).collect::<Vec<_>>();
+    wait_for(&server, "lb1.example.test", "A", &lines(&["10.9.0.1", "10.9.0.53"]));
+    wait_for(&server, "lb1.example.test", "AAAA", &lines(&["fd00:9::1"]));
+    // The listener has no IPv6, so its service has a host name of its own.
+    wait_for(
+        &server,
+        "_postgresql._tcp.example.test",
+        "SRV",
+        &lines(&["10 100 5432 postgresql.lb1.example.test."]),
+    );
+    wait_for(&server, "postgresql.lb1.example.test", "A", &lines(&["10.9.0.1", "10.9.0.53"]));
+    assert_eq!(server.dig("postgresql.lb1.example.test", "AAAA"), [""; 0]);
+
+    namespace.ip(&["addr", "add", "10.9.0.2/24", "dev", "lo"]);
+    wait_for(&server, "lb1.example.test", "A", &lines(&["10.9.0.1", "10.9.0.2", "10.9.0.53"]));
+    namespace.ip(&["addr", "del", "10.9.0.1/24", "dev", "lo"]);
+    namespace.ip(&["addr", "del", "fd00:9::1/64", "dev", "lo"]);
+    wait_for(&server, "lb1.example.test", "AAAA", &[]);
+    until("one is gone", || {
+        (!server.dig("lb1.example.test", "A").contains(&"10.9.0.1".into())).then_some(())
+    });
+    wait_for(&server, SRV, "SRV", &lines(&["10 100 7400 lb1.example.test."]));
+
+    process.signal(Signal::TERM);
+    assert_eq!(process.wait(PATIENCE).0.code, Some(0));
+    for (name, kind) in [(SRV, "SRV"), ("lb1.example.test", "A"), ("postgresql.lb1.example.test", "A")] {
+        assert_eq!(server.dig(name, kind), [""; 0], "{name} {kind} is withdrawn");
+    }
+}
+
+#[test]
+fn what_changed_while_it_was_away_leaves_nothing_old() {
+    for kind in DnsKind::ALL {
+        let server = DnsServer::start(kind);
+        let mut before = balancer(&server.section("lb1", "owner = \"me\""));
+        wait_for(&server, SRV, "SRV", &[srv(&before, "lb1")]);
+        before.process().signal(Signal::KILL);
+        before.process().wait(PATIENCE);
+        // Another port and another priority, and other addresses.
+        let mut after =
+            balancer(&server.section("lb1", "owner = \"me\"\npriority = 20\naddresses = [\"192.0.2.9\"]"));
+        wait_for(&server, SRV, "SRV", &[srv(&after, "lb1").replace("10 100", "20 100")]);
+        wait_for(&server, "lb1.example.test", "A", &["192.0.2.9".to_owned()]);
+        ends_well(&mut after);
+        wait_for(&server, SRV, "SRV", &[]);
+    }
 }

@@ -33,6 +33,16 @@ pub(crate) fn write(text: &mut Text, statuses: &[Status]) {
     }
 }
 
+/// A line for each, as `/readyz?verbose` has them.
+pub(crate) fn lines(statuses: &[Status]) -> String {
+    let line = |status: &Status| {
+        let Status { zone, server, state, last_error, .. } = status;
+        let error = if last_error.is_empty() { String::new() } else { format!(": {last_error}") };
+        format!("dns {zone} at {server}: {}{error}\n", state.name())
+    };
+    statuses.iter().map(line).collect()
+}
+
 /// The answer to `ListDns`.
 pub(crate) fn list(statuses: &[Status]) -> v1::ListDnsResponse {
     let wire = |status: &Status| v1::DnsStatus {

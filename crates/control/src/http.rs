@@ -66,7 +66,7 @@ async fn answer(request: &Request<Incoming>, shared: Arc<Shared>) -> Response<Fu
     }
     match path {
         "/metrics" => metrics(shared).await,
-        "/readyz" => readiness(*shared.phase.borrow()),
+        "/readyz" => readiness(*shared.phase.borrow(), request.uri().query(), &shared),
         _ => text(StatusCode::OK, "alive\n".to_owned()),
     }
 }
@@ -83,9 +83,11 @@ async fn metrics(shared: Arc<Shared>) -> Response<Full<Bytes>> {
     response
 }
 
-fn readiness(phase: Phase) -> Response<Full<Bytes>> {
+/// With `?verbose` also what else is looked after, none of which changes the status.
+fn readiness(phase: Phase, query: Option<&str>, shared: &Shared) -> Response<Full<Bytes>> {
     let status = if phase == Phase::Ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    text(status, format!("{}\n", phase.name()))
+    let more = if query == Some("verbose") { crate::dns::lines(&shared.dns.now()) } else { String::new() };
+    text(status, format!("{}\n{more}", phase.name()))
 }
 
 fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {

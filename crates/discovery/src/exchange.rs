@@ -193,3 +193,86 @@ fn unix_s() -> u64 {
 fn unencodable(error: impl std::fmt::Display) -> UpdateError {
     UpdateError::Other { code: format!("a message that could not be written: {error}") }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hickory_proto::rr::TSigResponseContext;
+
+    const NOW: u64 = 1_700_000_000;
+
+    fn key(name: &str, secret: &[u8]) -> TsigKey {
+        TsigKey::new(name, secret).unwrap()
+    }
+
+    /// What comes of an answer with this code, signed as `context` says, to a question signed with our key.
+    fn heard(
+        code: ResponseCode,
+        context: impl FnOnce(u16, &[u8]) -> Option<TSigResponseContext>,
+    ) -> Result<ResponseCode, UpdateError> {
+        let ours = key("ours", b"secret");
+        let mut question = Message::new(7, MessageType::Query, OpCode::Update);
+        let verifier = question.finalize(ours.signer(), NOW).unwrap().expect("it is signed");
+        let mac = question.signature().expect("it is signed").data.mac.clone();
+        let mut answer = Message::new(7, MessageType::Response, OpCode::Update);
+        answer.metadata.response_code = code;
+        if let Some(context) = context(7, &mac) {
+            let signature = context.sign(&answer.to_vec().unwrap()).unwrap();
+            answer.set_signature(signature);
+        }
+        let question = Question { id: 7, kind: OpCode::Update };
+        let answer = question.answer(&answer.to_vec().unwrap()).expect("it is ours");
+        verified(answer, verifier, &ours).map(|message| message.metadata.response_code)
+    }
+
+    fn signed(
+        key: TsigKey,
+        time: u64,
+        error: Option<TsigError>,
+    ) -> impl FnOnce(u16, &[u8]) -> Option<TSigResponseContext> {
+        move |id, mac| Some(TSigResponseContext::new(id, time, key.signer().clone(), mac.to_vec(), error))
+    }
+
+    #[test]
+    fn an_answer_counts_when_it_is_signed_and_no_counts_anyway() {
+        use ResponseCode::{NXRRSet, NoError, NotAuth, Refused, YXDomain};
+        let ours = || key("ours", b"secret");
+        for code in [NoError, YXDomain, NXRRSet, Refused] {
+            assert_eq!(heard(code, signed(ours(), NOW, None)), Ok(code));
+        }
+        let not_signed = || Err(UpdateError::NotSigned { key: "ours".into() });
+        for code in [NoError, YXDomain, NXRRSet] {
+            assert_eq!(heard(code, |_, _| None), not_signed(), "{code}");
+            assert_eq!(heard(code, signed(key("ours", b"another"), NOW, None)), not_signed());
+            assert_eq!(heard(code, signed(key("another", b"secret"), NOW, None)), not_signed());
+            // A good one, of another day: somebody plays it back.
+            assert_eq!(heard(code, signed(ours(), NOW - 86_400, None)), not_signed());
+        }
+        assert_eq!(heard(Refused, |_, _| None), Ok(Refused));
+
+        let bad_key = |id, _: &[u8]| {
+            Some(TSigResponseContext::unknown_key(
+                id,
+                NOW,
+                key("ours", b"secret").signer().signer_name().clone(),
+            ))
+        };
+        assert_eq!(heard(NotAuth, bad_key), Err(UpdateError::BadKey { key: "ours".into() }));
+        let bad_signature = |id, _: &[u8]| {
+            Some(TSigResponseContext::bad_signature(id, NOW, key("ours", b"secret").signer().clone()))
+        };
+        assert_eq!(heard(NotAuth, bad_signature), Err(UpdateError::BadSignature { key: "ours".into() }));
+        assert_eq!(heard(NotAuth, signed(ours(), NOW, Some(TsigError::BadTime))), Err(UpdateError::BadTime));
+    }
+
+    #[test]
+    fn answers_to_other_questions_are_passed_over() {
+        let question = Question { id: 7, kind: OpCode::Update };
+        let bytes = |id, what, kind| Message::new(id, what, kind).to_vec().unwrap();
+        assert!(question.answer(&bytes(7, MessageType::Response, OpCode::Update)).is_some());
+        assert!(question.answer(&bytes(8, MessageType::Response, OpCode::Update)).is_none());
+        assert!(question.answer(&bytes(7, MessageType::Response, OpCode::Query)).is_none());
+        assert!(question.answer(&bytes(7, MessageType::Query, OpCode::Update)).is_none());
+        assert!(question.answer(b"nonsense").is_none());
+    }
+}

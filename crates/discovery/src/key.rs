@@ -11,16 +11,20 @@
 //! signed with it.
 
 use std::fmt;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use data_encoding::BASE64;
 use hickory_proto::rr::rdata::tsig::TsigAlgorithm;
 use hickory_proto::rr::{Name, TSigner};
+use tracing::warn;
 
 /// How far the clocks may be apart (RFC 8945, section 10, recommends 300 s).
 pub(crate) const FUDGE_S: u16 = 300;
 /// A key file is a few lines; more is another file.
 const FILE_BYTES_MAX: usize = 64 * 1024;
+
+const EVERYBODY_READS: u32 = 0o004;
 
 /// A name, an algorithm and a secret that we share with a DNS server (RFC 8945).
 #[derive(Clone)]
@@ -101,6 +105,10 @@ impl TsigKey {
     pub fn read(file: &Path) -> Result<Self, KeyError> {
         let bytes =
             std::fs::read(file).map_err(|source| KeyError::Unreadable { file: file.to_owned(), source })?;
+        let mode = std::fs::metadata(file).map(|metadata| metadata.permissions().mode());
+        if mode.is_ok_and(|mode| mode & EVERYBODY_READS != 0) {
+            warn!(file = %file.display(), "everybody on this host can read the key: chmod 600, or 640 with trimtab's group");
+        }
         Self::parse(&bytes)
     }
 
