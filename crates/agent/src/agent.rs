@@ -26,6 +26,7 @@ use crate::balancers::{Balancer, Balancers, Source};
 use crate::config::{AgentConfig, AgentError, ServiceCheck};
 use crate::discover;
 use crate::file::UtilizationFile;
+use crate::notices::{self, Notices};
 use crate::probe;
 use crate::serve;
 use crate::service::{self, ConnectTime, Service};
@@ -121,6 +122,7 @@ impl Agent {
             service,
             connect_time,
             balancers: self.balancers,
+            notices: Notices::default(),
         });
         // Before anybody is told of it.
         let probes = bind_probes(&common.config).await?;
@@ -134,6 +136,8 @@ impl Agent {
             never = common.file.watch() => match never {},
             never = common.sources.follow(&common.config) => match never {},
             error = servers.run(&common) => Err(error),
+            never = notices::act(&common) => match never {},
+            () = common.notices.told_to_end() => Ok(()),
             () = shutdown => Ok(()),
         };
         common.balancers.end(&mut lives).await;
@@ -150,6 +154,7 @@ pub(crate) struct Common {
     pub(crate) service: watch::Receiver<Service>,
     pub(crate) connect_time: ConnectTime,
     pub(crate) balancers: Balancers,
+    pub(crate) notices: Notices,
 }
 
 async fn check_service(common: &Common, found: watch::Sender<Service>) -> Result<Infallible, AgentError> {

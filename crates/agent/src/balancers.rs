@@ -29,6 +29,8 @@ pub(crate) enum Source {
     Flag,
     /// DNS.
     Discovery,
+    /// A balancer's notice that it will be away.
+    Notice,
 }
 
 /// A balancer's control.
@@ -69,7 +71,7 @@ impl Balancer {
 }
 
 /// One of an agent's balancers; not used again for another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct BalancerId(u64);
 
 impl BalancerId {
@@ -93,6 +95,8 @@ struct Entry {
     lives: bool,
     /// Whether an operator drains the resource there.
     drains: bool,
+    /// How often it began to answer reports.
+    sessions: u64,
 }
 
 impl Entry {
@@ -138,6 +142,7 @@ impl Balancers {
             stop: watch::Sender::new(false),
             lives: false,
             drains: false,
+            sessions: 0,
         });
         drop(set);
         self.changed.notify_one();
@@ -177,6 +182,19 @@ impl Balancers {
         set.entries.iter().any(|entry| entry.balancer.is_same(balancer) && entry.reports())
     }
 
+    /// The session in which this balancer answers reports now, counted from 1; `None`: it does not.
+    pub(crate) fn session_with(&self, id: BalancerId) -> Option<u64> {
+        let set = self.set();
+        let entry = set.entries.iter().find(|entry| entry.id == id && entry.reports());
+        entry.map(|entry| entry.sessions)
+    }
+
+    /// Whether a balancer answers reports that not only this source names.
+    pub(crate) fn others_than(&self, source: Source) -> bool {
+        let others = |entry: &&Entry| entry.sources.iter().any(|named| *named != source);
+        self.set().entries.iter().filter(others).any(Entry::reports)
+    }
+
     /// With the addresses that are known now.
     pub(crate) fn addressed(&self, id: BalancerId, uri: &Uri) -> Balancer {
         let set = self.set();
@@ -186,7 +204,8 @@ impl Balancers {
     }
 
     pub(crate) fn set_state(&self, id: BalancerId, state: AgentState) {
-        if let Some(entry) = self.set().entries.iter().find(|entry| entry.id == id) {
+        if let Some(entry) = self.set().entries.iter_mut().find(|entry| entry.id == id) {
+            entry.sessions += u64::from(matches!(state, AgentState::Reporting { .. }));
             entry.state.send_replace(state);
         }
     }

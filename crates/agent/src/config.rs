@@ -53,6 +53,8 @@ pub struct AgentConfig {
     /// Where the service's own numbers come from; they stand above the measured ones, a later one above an earlier one, and
     /// below the utilization file.
     pub sources: Vec<NumberSource>,
+    /// A command of the shell that is run at each notice of a balancer, with the notice as JSON on its standard input.
+    pub on_notice: Option<String>,
     /// Where the numbers are served to others.
     pub serve: ServeConfig,
     /// How to try again.
@@ -114,6 +116,7 @@ impl AgentConfig {
             check: ServiceCheck::Tcp { timeout: Duration::from_secs(1) },
             probe: None,
             sources: Vec::new(),
+            on_notice: None,
             serve: ServeConfig::default(),
             retry: Retry::default(),
             seed: u64::from(since_1970.subsec_nanos()) ^ (u64::from(std::process::id()) << 32),
@@ -124,6 +127,14 @@ impl AgentConfig {
     pub(crate) fn address(&self) -> Result<SocketAddr, AgentError> {
         let found = &self.resource.address;
         found.parse().map_err(|_| AgentError::Address { found: found.clone() })
+    }
+
+    /// A balancer that a notice names, if this agent may register there.
+    pub(crate) fn alternative(&self, text: &str) -> Result<Uri, String> {
+        let uri: Uri = text.parse().map_err(|_| "it is no URL".to_owned())?;
+        let only = Self { balancers: vec![uri.clone()], ..self.clone() };
+        only.validate_balancers().map_err(|error| error.to_string())?;
+        Ok(uri)
     }
 
     pub(crate) fn validate(&self) -> Result<(), AgentError> {

@@ -22,12 +22,14 @@
 mod agent;
 mod backoff;
 mod balancers;
+mod command;
 mod config;
 mod connections;
 mod discover;
 mod file;
 mod life;
 mod meter;
+mod notices;
 mod probe;
 mod said;
 mod serve;

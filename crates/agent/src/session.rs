@@ -15,7 +15,7 @@ use std::time::Duration;
 use api::orca::OrcaLoadReport;
 use api::v1::registration_service_client::RegistrationServiceClient;
 use api::v1::report_response::Event;
-use api::v1::{self, Ack, Labels, Notice, Readiness, ReportRequest, ReportResponse, ResourceState};
+use api::v1::{self, Ack, Labels, Readiness, ReportRequest, ReportResponse, ResourceState};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
@@ -42,8 +42,6 @@ const SILENCE_INTERVALS: u32 = 3;
 const REPORTS_WAITING_MAX: usize = 4;
 /// Largest message a balancer sends: an ack is some 50 bytes, a notice names a few alternatives.
 const MESSAGE_BYTES_MAX: usize = 64 * 1024;
-/// Alternatives of a notice that are looked at.
-const ALTERNATIVES_MAX: usize = 16;
 /// HTTP/2 pings notice a dead connection under long report intervals too.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 const PING_PATIENCE: Duration = Duration::from_secs(3);
@@ -166,6 +164,8 @@ pub(crate) struct Session<'a> {
     version: String,
     service: &'a mut watch::Receiver<Service>,
     labels: watch::Receiver<Option<Labels>>,
+    /// Of notices.
+    outcomes: watch::Receiver<u64>,
     outgoing: mpsc::Sender<ReportRequest>,
     sequence: u64,
     reported_at: Instant,
@@ -197,6 +197,7 @@ impl<'a> Session<'a> {
             version,
             service,
             labels: common.file.labels(),
+            outcomes: common.notices.changes(),
             outgoing,
             sequence: 0,
             reported_at: now,
@@ -232,6 +233,7 @@ impl<'a> Session<'a> {
                 () = sleep_until(self.next_report) => self.send_report(Instant::now()),
                 () = changed(self.service) => self.report_soon(),
                 () = changed(&mut self.labels) => self.report_soon(),
+                () = changed(&mut self.outcomes) => self.report_soon(),
                 () = sleep_until(self.heard_at + patience) => {
                     return Ended::Lost(format!("no ack for {patience:?}"));
                 }
@@ -263,6 +265,7 @@ impl<'a> Session<'a> {
         // The labels are what this reading says: it comes first.
         let over = self.common.file.read();
         let (utilization, beneath) = self.utilization(now, &over);
+        let taken = self.common.notices.take(self.balancer);
         let report = ReportRequest {
             id: self.common.config.resource.id.clone(),
             incarnation: self.common.config.incarnation,
@@ -271,10 +274,11 @@ impl<'a> Session<'a> {
             utilization,
             balancers: self.common.balancers.counted(self.balancer),
             labels: self.labels.borrow_and_update().clone(),
-            notices_taken: Vec::new(),
+            notices_taken: taken.clone(),
             beneath,
         };
         if self.outgoing.try_send(report).is_err() {
+            self.common.notices.put_back(&taken);
             debug!(sequence = self.sequence, "the connection takes no report; this one is left out");
         }
         self.reported_at = now;
@@ -285,7 +289,7 @@ impl<'a> Session<'a> {
         match response.event {
             Some(Event::Ack(ack)) => self.hear_ack(&ack),
             Some(Event::ReportNow(_)) => self.report_soon(),
-            Some(Event::Notice(notice)) => log_notice(&notice),
+            Some(Event::Notice(notice)) => self.common.notices.hear(self.balancer, notice),
             // A newer balancer may say what this agent does not know.
             None => debug!("an event of an unknown kind"),
         }
@@ -317,14 +321,6 @@ async fn changed<T>(watched: &mut watch::Receiver<T>) {
     if watched.changed().await.is_err() {
         std::future::pending().await
     }
-}
-
-fn log_notice(notice: &Notice) {
-    let at = notice.at.as_ref().map(|at| at.seconds);
-    let alternatives =
-        notice.alternatives.iter().take(ALTERNATIVES_MAX).cloned().collect::<Vec<_>>().join(" ");
-    let kind = notice.kind().as_str_name().trim_start_matches("KIND_");
-    info!(kind, at_unix_s = at, alternatives, reason = notice.reason, "notice from the balancer");
 }
 
 /// What a status says about our registration.

@@ -273,6 +273,9 @@ pub struct RegisterArgs {
     /// What it can bear, compared with the others of its pool, before any report says so. Above 0, up to 1000.
     #[arg(long, default_value_t = 1.0, value_name = "N", value_parser = parse_weight)]
     pub weight: f64,
+    /// Have notices posted to this URL, as CloudEvents 1.0 (structured JSON).
+    #[arg(long, value_name = "URL", default_value = "", hide_default_value = true)]
+    pub notify_url: String,
     /// How its utilization is fetched.
     #[command(flatten)]
     pub script: ScriptArgs,

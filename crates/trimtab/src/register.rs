@@ -89,6 +89,7 @@ pub fn register(args: &RegisterArgs) -> Result<(), Failure> {
         weight: args.weight,
         probe_address: String::new(),
         utilization_script: Some(script),
+        notify_url: args.notify_url.clone(),
         ..Resource::default()
     };
     let request =

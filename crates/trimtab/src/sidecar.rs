@@ -85,6 +85,7 @@ fn configuration(args: AgentArgs) -> Result<AgentConfig, Failure> {
     config.bandwidth_capacity_bps = args.bandwidth;
     config.bandwidth_cost = args.bandwidth_cost;
     config.probe = args.probe;
+    config.on_notice = args.on_notice;
     config.sources = args.numbers.sources()?;
     config.serve = args.numbers.serve();
     if args.no_check {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! made --- at a stream's turn ---> told --- the resource says so ---> taken, or failed (told again on its next stream)
-//!      \-- to its notify_url ----> posted (2xx: taken) / tried again with a growing pause
+//!      \-- to its notify_url ----> posted (2xx) / tried again with a growing pause
 //! ```
 //!
 //! A notice is told at least once, and again on each new stream until it was taken; its id lets a resource take it once.
@@ -103,7 +103,10 @@ pub(crate) struct Kept {
     taken: HashSet<ResourceId>,
     /// Why not, by those that said so.
     failed: HashMap<ResourceId, String>,
+    /// Those that go on.
     posts: HashMap<ResourceId, Post>,
+    /// Those that were taken.
+    posted: HashSet<ResourceId>,
 }
 
 /// Attempts to post one notice to one resource.
@@ -134,8 +137,9 @@ impl Kept {
         }
     }
 
+    /// By the resource itself or by its hook; and where there is a hook, not only by the resource itself.
     pub(crate) fn is_taken(&self, id: &ResourceId) -> bool {
-        self.taken.contains(id)
+        self.taken.contains(id) && !self.posts.contains_key(id)
     }
 }
 
@@ -173,6 +177,7 @@ impl Book {
             taken: HashSet::new(),
             failed: HashMap::new(),
             posts: HashMap::new(),
+            posted: HashSet::new(),
         });
         Ok(())
     }
@@ -253,7 +258,7 @@ impl Book {
             let kept = &self.kept[place];
             let wanted = kept.holds(wall)
                 && kept.notice.target.is(id, pool)
-                && !kept.taken.contains(id)
+                && !kept.posted.contains(id)
                 && self.concerns(&kept.notice, id);
             if !wanted {
                 continue;
@@ -279,8 +284,11 @@ impl Book {
         let Some(kept) = self.kept.iter_mut().find(|kept| kept.notice.id == notice) else { return };
         let Some(why) = failure else {
             kept.posts.remove(id);
-            kept.failed.remove(id);
-            kept.taken.insert(id.clone());
+            kept.posted.insert(id.clone());
+            // A hook speaks for the resource, unless that said itself that it could not.
+            if !kept.failed.contains_key(id) {
+                kept.taken.insert(id.clone());
+            }
             return;
         };
         if let Some(post) = kept.posts.get_mut(id) {
@@ -315,7 +323,7 @@ impl Book {
         holding
             .map(|kept| {
                 let for_it = resources.clone().filter(|(id, pool)| kept.notice.target.is(id, pool));
-                for_it.filter(|(id, _)| self.concerns(&kept.notice, id) && !kept.taken.contains(*id)).count()
+                for_it.filter(|(id, _)| self.concerns(&kept.notice, id) && !kept.is_taken(id)).count()
             })
             .sum()
     }
@@ -454,5 +462,19 @@ mod tests {
             book.tell(&a, &pool, &mut HashSet::new(), now.1).is_empty(),
             "what was posted need not be told"
         );
+        assert!(book.post(&a, &pool, now.0, now.1).is_empty());
+    }
+
+    #[test]
+    fn who_has_a_hook_has_taken_a_notice_when_both_have() {
+        let (a, _, pool) = names();
+        let mut book = Book::default();
+        book.add(away("1"), at(0).0, at(0).1).unwrap();
+        book.tell(&a, &pool, &mut HashSet::new(), at(0).1);
+        assert!(book.took(&a, "1", None));
+        assert_eq!(ids(&book.post(&a, &pool, at(0).0, at(0).1)), ["1"], "the hook hears it all the same");
+        assert!(!book.all().next().unwrap().is_taken(&a));
+        book.posted(&a, "1", None, at(0).0);
+        assert!(book.all().next().unwrap().is_taken(&a));
     }
 }
