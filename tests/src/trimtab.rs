@@ -43,7 +43,11 @@ pub fn binary() -> PathBuf {
 pub fn trimtab_command(arguments: &[&str]) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(binary()).args(arguments);
-    command.env_remove("RUST_LOG").env_remove("TRIMTAB_CONTROL");
+    for variable in
+        ["RUST_LOG", "TRIMTAB_CONTROL", "TRIMTAB_CA", "TRIMTAB_CERT", "TRIMTAB_KEY", "TRIMTAB_TOKEN"]
+    {
+        command.env_remove(variable);
+    }
     command
 }
 

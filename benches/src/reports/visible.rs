@@ -122,6 +122,7 @@ fn serve(
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         http: SocketAddr::from(([127, 0, 0, 1], 0)),
         insecure: false,
+        security: control::SecurityConfig::default(),
         balancer_id: "bench".to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pools: vec![Pool {

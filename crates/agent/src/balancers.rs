@@ -49,8 +49,8 @@ impl Balancer {
     }
 
     /// By what DNS says. The one place where that becomes a URL. `None`: no URL can have such a host.
-    pub(crate) fn found(target: &discovery::Target) -> Option<Self> {
-        let uri = format!("http://{}:{}", target.host, target.port).parse().ok()?;
+    pub(crate) fn found(target: &discovery::Target, scheme: &str) -> Option<Self> {
+        let uri = format!("{scheme}://{}:{}", target.host, target.port).parse().ok()?;
         Some(Self { uri, addresses: target.addresses.clone() })
     }
 
@@ -318,7 +318,7 @@ mod tests {
     fn found(host: &str, address: &str) -> Balancer {
         let addresses = vec![address.parse().unwrap()];
         let target = discovery::Target { host: host.into(), port: 7400, weight: 1, addresses };
-        Balancer::found(&target).unwrap()
+        Balancer::found(&target, "http").unwrap()
     }
 
     fn uris(balancers: &Balancers) -> Vec<String> {

@@ -12,19 +12,24 @@ use tonic::transport::Uri;
 use crate::serve::ServeConfig;
 use crate::sources::NumberSource;
 use crate::supply::Supplied;
+use crate::transport::Transport;
 use crate::utilization::{NoSuchCgroup, Roots, Source};
 
 /// Where a URL without a port leads.
 pub(crate) const HTTP_PORT: u16 = 80;
+const HTTPS_PORT: u16 = 443;
 
 /// What an agent is told. [`AgentConfig::new`] fills in what it can.
 #[derive(Debug, Clone)]
 pub struct AgentConfig {
-    /// The balancers' control addresses, `http://host:port`: none twice, and at least one unless they are discovered. The
-    /// resource is registered with each of them, and a balancer that is away changes nothing for the others.
+    /// The balancers' control addresses, `https://host:port` or `http://host:port`: none twice, and at least one unless they
+    /// are discovered. The resource is registered with each of them, and a balancer that is away changes nothing for the
+    /// others.
     pub balancers: Vec<Uri>,
     /// Where further balancers are found: with every one of the lowest priority number the resource is registered as well.
     pub discover: Option<discovery::Finder>,
+    /// How to reach them, and what to show them.
+    pub transport: Transport,
     /// Who registers: identity, pool, address and what it can bear.
     pub resource: v1::Resource,
     /// Orders the starts of this resource: a higher one replaces a lower one. Milliseconds since 1970 at the start.
@@ -104,6 +109,7 @@ impl AgentConfig {
         Self {
             balancers,
             discover: None,
+            transport: Transport::default(),
             resource,
             incarnation: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
             report_interval: Duration::from_secs(1),
@@ -164,11 +170,17 @@ impl AgentConfig {
         let mut seen = HashSet::new();
         for balancer in &self.balancers {
             let found = || balancer.to_string();
-            let (Some("http"), Some(host)) = (balancer.scheme_str(), balancer.host()) else {
-                return Err(AgentError::Balancer { found: found() });
+            let (port, host) = match (balancer.scheme_str(), balancer.host()) {
+                (Some("http"), Some(host)) => (HTTP_PORT, host),
+                (Some("https"), Some(host)) => (HTTPS_PORT, host),
+                _ => return Err(AgentError::Balancer { found: found() }),
             };
+            // Who gives certificates means them to be used.
+            if port == HTTP_PORT && self.transport.wants_tls() {
+                return Err(AgentError::ClearText { found: found() });
+            }
             // Two registrations of one resource at one balancer would take turns at being its only stream of reports.
-            if !seen.insert((host.to_ascii_lowercase(), balancer.port_u16().unwrap_or(HTTP_PORT))) {
+            if !seen.insert((host.to_ascii_lowercase(), balancer.port_u16().unwrap_or(port))) {
                 return Err(AgentError::BalancerTwice { found: found() });
             }
         }
@@ -197,8 +209,14 @@ pub enum AgentError {
         found: String,
     },
     /// A balancer's address is none.
-    #[error("the balancer {found:?} is not http://host:port")]
+    #[error("the balancer {found:?} is not https://host:port or http://host:port")]
     Balancer {
+        /// What it is.
+        found: String,
+    },
+    /// There are certificates, and the balancer is to be reached without.
+    #[error("the balancer {found} is clear text, and certificates are given: write https://")]
+    ClearText {
         /// What it is.
         found: String,
     },

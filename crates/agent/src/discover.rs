@@ -84,10 +84,10 @@ async fn look_at(next: Instant, finder: &Finder) -> Result<Found, FindError> {
 
 fn choose(choice: &mut Choice, common: &Common) {
     let balancers = &common.balancers;
-    let answers =
-        |target: &Target| Balancer::found(target).is_some_and(|balancer| balancers.reports_to(&balancer));
+    let found = |target: &Target| Balancer::found(target, common.config.transport.scheme());
+    let answers = |target: &Target| found(target).is_some_and(|balancer| balancers.reports_to(&balancer));
     let wanted = choice.wanted(Instant::now(), answers);
-    balancers.set_of(Source::Discovery, wanted.iter().filter_map(Balancer::found).collect());
+    balancers.set_of(Source::Discovery, wanted.iter().filter_map(found).collect());
 }
 
 /// What DNS said, and what follows from it.

@@ -37,6 +37,7 @@ mod service;
 mod session;
 mod sources;
 mod supply;
+pub mod transport;
 pub mod utilization;
 
 pub use crate::agent::{Agent, AgentState, run};
@@ -44,4 +45,5 @@ pub use crate::config::{AgentConfig, AgentError, Retry, ServiceCheck};
 pub use crate::serve::ServeConfig;
 pub use crate::sources::NumberSource;
 pub use crate::supply::Supplied;
+pub use crate::transport::{Token, TokenSource, Transport};
 pub use crate::utilization::{Roots, Source};

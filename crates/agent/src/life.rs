@@ -132,11 +132,11 @@ impl Life {
     async fn session(&mut self, meter: &mut Meter) -> (Ended, bool) {
         self.attempt = self.attempt.saturating_add(1);
         self.set_state(AgentState::Registering { attempt: self.attempt });
-        let mut client =
-            match session::connect(&self.common.balancers.addressed(self.id, &self.balancer)).await {
-                Ok(client) => client,
-                Err(ended) => return (ended, false),
-            };
+        let balancer = self.common.balancers.addressed(self.id, &self.balancer);
+        let mut client = match session::connect(&self.common.config.transport, &balancer).await {
+            Ok(client) => client,
+            Err(ended) => return (ended, false),
+        };
         self.client = Some(client.clone());
         self.may_be_registered = true;
         let version = match session::register(&mut client, &self.common).await {

@@ -8,20 +8,16 @@
 //! Owns: the timing of reports and what an answer means. Does not own: when to try again, and what is measured.
 
 use std::error::Error;
-use std::io;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use api::orca::OrcaLoadReport;
 use api::v1::registration_service_client::RegistrationServiceClient;
 use api::v1::report_response::Event;
 use api::v1::{self, Ack, Labels, Readiness, ReportRequest, ReportResponse, ResourceState};
-use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::transport::Endpoint;
 use tonic::{Code, Status, Streaming};
 use tracing::{debug, info, warn};
 
@@ -30,6 +26,7 @@ use crate::balancers::{Balancer, BalancerId};
 use crate::meter::{Meter, WINDOW_MIN};
 use crate::said::Said;
 use crate::service::Service;
+use crate::transport::{Connection, Transport, chain};
 use crate::utilization::Override;
 
 /// For connecting, and for each call but the stream of reports. A balancer that is there answers in milliseconds.
@@ -47,7 +44,7 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 const PING_PATIENCE: Duration = Duration::from_secs(3);
 
 /// A client as agents use it.
-pub(crate) type Client = RegistrationServiceClient<Channel>;
+pub(crate) type Client = RegistrationServiceClient<Connection>;
 
 /// Why a session ended. The agent goes on in each case.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,50 +60,16 @@ pub(crate) enum Ended {
 }
 
 /// Connects anew.
-pub(crate) async fn connect(balancer: &Balancer) -> Result<Client, Ended> {
-    let endpoint = Endpoint::from(balancer.uri.clone())
-        .connect_timeout(CALL_PATIENCE)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(PING_INTERVAL)
-        .keep_alive_timeout(PING_PATIENCE)
-        .keep_alive_while_idle(true);
-    let connecting = async {
-        match balancer.addresses.is_empty() {
-            true => endpoint.connect().await,
-            // DNS said where it is, maybe another DNS than this host's.
-            false => endpoint.connect_with_connector(to_one_of(balancer.addresses.clone())).await,
-        }
+pub(crate) async fn connect(transport: &Transport, balancer: &Balancer) -> Result<Client, Ended> {
+    let alive = |endpoint: Endpoint| {
+        endpoint
+            .http2_keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(PING_PATIENCE)
+            .keep_alive_while_idle(true)
     };
-    let channel = match timeout(CALL_PATIENCE, connecting).await {
-        Ok(connected) => connected.map_err(|error| Ended::Lost(chain(&error)))?,
-        Err(_) => return Err(Ended::Lost(format!("no connection within {CALL_PATIENCE:?}"))),
-    };
-    Ok(RegistrationServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX))
-}
-
-/// A connector to the first of these that takes a connection.
-fn to_one_of(
-    addresses: Vec<SocketAddr>,
-) -> impl tower::Service<Uri, Response = TokioIo<TcpStream>, Error = io::Error, Future: Send> + Send + 'static
-{
-    tower::service_fn(move |_: Uri| {
-        let addresses = addresses.clone();
-        async move {
-            let patience = CALL_PATIENCE / u32::try_from(addresses.len()).unwrap_or(u32::MAX).max(1);
-            let mut refused = io::Error::from(io::ErrorKind::AddrNotAvailable);
-            for address in addresses {
-                match timeout(patience, TcpStream::connect(address)).await {
-                    Ok(Ok(stream)) => {
-                        stream.set_nodelay(true)?;
-                        return Ok(TokioIo::new(stream));
-                    }
-                    Ok(Err(error)) => refused = error,
-                    Err(_) => refused = io::ErrorKind::TimedOut.into(),
-                }
-            }
-            Err(refused)
-        }
-    })
+    let connected = transport.connect_to(&balancer.uri, &balancer.addresses, CALL_PATIENCE, alive).await;
+    let connection = connected.map_err(|error| Ended::Lost(error.to_string()))?;
+    Ok(RegistrationServiceClient::new(connection).max_decoding_message_size(MESSAGE_BYTES_MAX))
 }
 
 /// Registers, with the labels of this moment.
@@ -344,19 +307,4 @@ fn said_by(status: &Status) -> String {
         Some(source) => format!("{}: {}", status.message(), chain(source)),
         None => format!("{} ({:?})", status.message(), status.code()),
     }
-}
-
-/// An error with its causes; transport errors say little without.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        // Many only repeat their cause.
-        if !text.ends_with(&next) {
-            text = format!("{text}: {next}");
-        }
-        cause = error.source();
-    }
-    text
 }

@@ -216,6 +216,28 @@ impl AdminService for Admin {
         let utilization = parse::ratios(shared.registry.utilization(&id).as_deref());
         Ok(Response::new(v1::PullResponse { status: Some(status), utilization }))
     }
+
+    async fn create_token(
+        &self,
+        request: Request<v1::CreateTokenRequest>,
+    ) -> Result<Response<v1::CreateTokenResponse>, Status> {
+        crate::token_calls::create(&self.shared, request.into_inner()).map(Response::new)
+    }
+
+    async fn list_tokens(
+        &self,
+        request: Request<v1::ListTokensRequest>,
+    ) -> Result<Response<v1::ListTokensResponse>, Status> {
+        let v1::ListTokensRequest {} = request.into_inner();
+        Ok(Response::new(crate::token_calls::list(&self.shared)))
+    }
+
+    async fn revoke_token(
+        &self,
+        request: Request<v1::RevokeTokenRequest>,
+    ) -> Result<Response<v1::RevokeTokenResponse>, Status> {
+        crate::token_calls::revoke(&self.shared, &request.into_inner()).map(Response::new)
+    }
 }
 
 pub(crate) fn unknown_pool(error: UnknownPool) -> Status {

@@ -15,6 +15,7 @@ use tonic_health::server::HealthReporter;
 use crate::admin::Admin;
 use crate::guarded::Acceptor;
 use crate::registration::Registrar;
+use crate::security::{Guard, Role, Security};
 use crate::{Phase, RunError, Shared, reached};
 
 /// Most connections at once. One agent needs one.
@@ -47,6 +48,11 @@ pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) -> Result<
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let admin =
         AdminServiceServer::new(Admin::new(Arc::clone(&shared))).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    // Whatever a service is asked, who asks is looked at first.
+    let registration = Guard::new(registration, Arc::clone(&shared.security), Role::Resource);
+    let admin = Guard::new(admin, Arc::clone(&shared.security), Role::Admin);
+    let certificates = shared.security.tls().map(|tls| tokio::spawn(Arc::clone(tls).watch()));
+    let connections = accepted(listener, Arc::clone(&shared.security));
     let server = Server::builder()
         .max_concurrent_streams(STREAMS_MAX)
         .http2_max_header_list_size(HEADER_BYTES_MAX)
@@ -58,7 +64,7 @@ pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) -> Result<
         .add_service(admin)
         .add_service(health)
         .add_service(reflection)
-        .serve_with_incoming_shutdown(accepted(listener), reached(shared.phase.clone(), Phase::Terminated));
+        .serve_with_incoming_shutdown(connections, reached(shared.phase.clone(), Phase::Terminated));
     let result = tokio::select! {
         result = server => result.map_err(RunError::from),
         // Someone who does not hang up must not keep the process.
@@ -68,22 +74,33 @@ pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) -> Result<
         } => Ok(()),
     };
     health_of.abort();
+    if let Some(certificates) = certificates {
+        certificates.abort();
+    }
     result
 }
 
-/// Accepted connections, as the stream that the server wants. The task ends with its receiver.
-fn accepted(listener: TcpListener) -> ReceiverStream<Result<crate::guarded::Guarded, Infallible>> {
+/// Accepted connections, as the stream that the server wants. The tasks end with its receiver, a handshake's by its time.
+fn accepted(
+    listener: TcpListener,
+    security: Arc<Security>,
+) -> ReceiverStream<Result<crate::guarded::Guarded, Infallible>> {
     let acceptor = Acceptor::new(listener, CONNECTIONS_MAX, SILENCE_MAX);
     let (sender, receiver) = mpsc::channel(1);
     tokio::spawn(async move {
         loop {
-            let connection = tokio::select! {
-                connection = acceptor.accept() => connection,
+            let accepted = tokio::select! {
+                accepted = acceptor.accept_peer(&security) => accepted,
                 () = sender.closed() => return,
             };
-            if sender.send(Ok(connection)).await.is_err() {
-                return;
-            }
+            let sender = sender.clone();
+            // Of its own: a handshake that hangs delays no other. There are no more of them than connections.
+            tokio::spawn(async move {
+                if let Some(connection) = accepted.secured().await {
+                    // The error says that the server has ended, and so does the connection.
+                    let _ = sender.send(Ok(connection)).await;
+                }
+            });
         }
     });
     ReceiverStream::new(receiver)

@@ -31,7 +31,10 @@ mod prober;
 mod provider;
 mod pull;
 mod registration;
+mod security;
 mod tick;
+mod token_calls;
+pub mod tokens;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -47,6 +50,7 @@ use crate::beneath::Beneath;
 use crate::clock::Clock;
 use crate::metrics::Metrics;
 use crate::notices::Notices;
+use crate::security::{Security, Tls};
 
 pub use crate::notices::is_control_address;
 pub use crate::notices::maintenance::{Maintenance, Schedule, ScheduleError};
@@ -54,6 +58,10 @@ pub use crate::offers::Offers;
 pub use crate::provider::{DockerConfig, DockerEndpoint, ProviderConfig, ProviderKind};
 use crate::pull::Puller;
 pub use crate::pull::{Allowed, NotAllowed, PullConfig};
+pub use crate::security::{
+    IdPattern, PatternError, PeerLimits, PeerRule, Role, SanPattern, SecurityConfig, TlsConfig, TlsError,
+    UnknownRole, parse_network,
+};
 
 /// Where the process is in its life. One for all of it: whoever changes it tells everyone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -108,6 +116,8 @@ pub struct ControlConfig {
     pub http: SocketAddr,
     /// Serve gRPC in clear text beyond loopback.
     pub insecure: bool,
+    /// Who may join, by what, and how much one peer may do.
+    pub security: SecurityConfig,
     /// The balancer's identity, new with every start of its process.
     pub balancer_id: String,
     /// The version of the program.
@@ -140,12 +150,16 @@ pub enum StartError {
     /// Clear text beyond loopback was not asked for.
     #[error(
         "control.listen {address} is not a loopback address: anyone who reaches it could register and drain resources. \
-         Listen on 127.0.0.1 or [::1], or set control.insecure = true if the network is trusted"
+         Listen on 127.0.0.1 or [::1], give it certificates in [control.tls], or set control.insecure = true if the \
+         network is trusted"
     )]
     Insecure {
         /// The address.
         address: SocketAddr,
     },
+    /// Its certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The socket cannot be bound.
     #[error("{key} cannot listen on {address}: {source}. {}", bind_hint(source))]
     Bind {
@@ -199,6 +213,7 @@ pub enum RunError {
 /// What the parts of control share.
 struct Shared {
     registry: Registry,
+    security: Arc<Security>,
     clock: Clock,
     pools: Vec<Pool>,
     /// Draws for explanations: no flow follows from it.
@@ -221,13 +236,14 @@ struct Shared {
 pub struct Control {
     config: ControlConfig,
     registry: Registry,
+    tls: Option<Arc<Tls>>,
     grpc: TcpListener,
     http: TcpListener,
     grpc_address: SocketAddr,
     http_address: SocketAddr,
     decision_log: Option<decision_log::Writer>,
     offers: Option<oneshot::Sender<Offers>>,
-    tls: fetch::Tls,
+    fetch_tls: fetch::Tls,
 }
 
 impl std::fmt::Debug for Control {
@@ -242,7 +258,7 @@ impl Control {
     /// # Errors
     /// See [`StartError`]; nothing stays bound then.
     pub async fn bind(config: ControlConfig) -> Result<Self, StartError> {
-        if !config.listen.ip().to_canonical().is_loopback() {
+        if !config.listen.ip().to_canonical().is_loopback() && config.security.tls.is_none() {
             if !config.insecure {
                 return Err(StartError::Insecure { address: config.listen });
             }
@@ -251,20 +267,43 @@ impl Control {
                 "control listens beyond loopback in clear text: anyone who reaches it can register and drain resources"
             );
         }
+        let admins = |rule: &PeerRule| rule.role == Role::Admin;
+        if config.security.tls.is_some() && !config.security.peers.iter().any(admins) {
+            tracing::warn!(
+                "no [[control.peer]] has role = \"admin\": nobody can administer this balancer or make tokens"
+            );
+        }
+        let tls = config.security.tls.clone().map(Tls::load).transpose()?.map(Arc::new);
         let registry = Registry::new(registry::Config {
             pools: config.pools.iter().map(|pool| pool.config.clone()).collect(),
             limits: config.limits,
         })?;
         let decision_log = config.decision_log.clone().map(decision_log::Writer::open).transpose()?;
-        let tls = config.pull.ca.as_deref().map(fetch::Tls::with_ca).transpose()?.unwrap_or_default();
+        let fetch_tls = config.pull.ca.as_deref().map(fetch::Tls::with_ca).transpose()?.unwrap_or_default();
         let (grpc, grpc_address) = bind("control.listen", config.listen).await?;
         let (http, http_address) = bind("http.listen", config.http).await?;
-        Ok(Self { config, registry, grpc, http, grpc_address, http_address, decision_log, offers: None, tls })
+        Ok(Self {
+            config,
+            registry,
+            tls,
+            grpc,
+            http,
+            grpc_address,
+            http_address,
+            decision_log,
+            offers: None,
+            fetch_tls,
+        })
     }
 
     /// Where gRPC is served, with the port that was really bound.
     pub fn control_address(&self) -> SocketAddr {
         self.grpc_address
+    }
+
+    /// `https`, where gRPC is served with TLS, else `http`.
+    pub fn control_scheme(&self) -> &'static str {
+        if self.tls.is_some() { "https" } else { "http" }
     }
 
     /// Where HTTP is served, with the port that was really bound.
@@ -288,6 +327,7 @@ impl Control {
         let clock = Clock::new(config.origin);
         let shared = Arc::new(Shared {
             registry: self.registry,
+            security: Arc::new(Security::new(config.security, self.tls, clock)),
             clock,
             notices: Notices::new(&config.balancer_id, config.alternatives, clock),
             pools: config.pools,
@@ -296,7 +336,7 @@ impl Control {
             balancer_id: config.balancer_id,
             changed: Notify::new(),
             metrics: Metrics::new(&config.version),
-            puller: Puller::new(config.pull, self.tls, vec![self.grpc_address, self.http_address]),
+            puller: Puller::new(config.pull, self.fetch_tls, vec![self.grpc_address, self.http_address]),
             dataplane: config.dataplane,
             phase: phase.clone(),
             reserved: provider::Reserved::of(&config.providers),

@@ -14,6 +14,7 @@ use registry::{PoolStatus, ResourceState, ResourceStatus, VersionStatus};
 
 pub(crate) use self::provider::ProviderMetrics;
 use crate::Shared;
+use crate::security::Security;
 
 /// What became of a report.
 #[derive(Debug, Clone, Copy)]
@@ -186,6 +187,7 @@ impl Metrics {
             gauge!("trimtab_history_bytes").set(bytes as f64);
             counter!("trimtab_history_samples_dropped_total").absolute(refused);
             gauge!("trimtab_notices_not_taken").set(shared.notices.not_taken(shared) as f64);
+            observe_security(&shared.security);
         });
         let mut text = Text::default();
         write_versions(&mut text, shared, now);
@@ -236,6 +238,12 @@ fn describe() {
         "trimtab_history_samples_dropped_total",
         "Samples that no history was begun for, because the bound is reached."
     );
+    describe_counter!("trimtab_refusals_total", "Peers and calls of control that were refused, by reason.");
+    describe_counter!("trimtab_tls_loads_total", "Times that control's certificates were read.");
+    describe_gauge!(
+        "trimtab_tls_certificate_expiry_seconds",
+        "When control's certificate expires, in seconds since 1970."
+    );
     describe_counter!("trimtab_flows_opened_total", "Flows accepted from clients.");
     describe_gauge!("trimtab_flows_open", "Flows open now.");
     describe_counter!("trimtab_flows_closed_total", "Flows ended, by reason.");
@@ -264,6 +272,18 @@ fn describe() {
         "trimtab_completion_overflows_total",
         "Completions that found the completion queue full."
     );
+}
+
+fn observe_security(security: &Security) {
+    for (reason, count) in security.refusals().by_reason() {
+        counter!("trimtab_refusals_total", "reason" => reason).absolute(count);
+    }
+    if let Some(tls) = security.tls() {
+        let (loaded, failed) = tls.reloads();
+        counter!("trimtab_tls_loads_total", "result" => "loaded").absolute(loaded);
+        counter!("trimtab_tls_loads_total", "result" => "failed").absolute(failed);
+        gauge!("trimtab_tls_certificate_expiry_seconds").set(tls.not_after() as f64);
+    }
 }
 
 fn observe_listener(listener: &ListenerSnapshot) {

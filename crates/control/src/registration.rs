@@ -20,6 +20,7 @@ use crate::beneath::BeneathError;
 use crate::metrics::ReportResult;
 use crate::parse::{self, MessageError};
 use crate::pull::Puller;
+use crate::security::{self, Caller, Reason, Refusal};
 use crate::{Phase, Shared, reached};
 
 /// Events to one resource that wait for it to read them. A resource that reads nothing is not read from either.
@@ -50,11 +51,15 @@ impl RegistrationService for Registrar {
         &self,
         request: Request<v1::RegisterRequest>,
     ) -> Result<Response<v1::RegisterResponse>, Status> {
+        let caller = security::caller(&request)?;
+        let shared = &self.shared;
+        shared.security.may_register_now(&caller).await?;
         let mut request = request.into_inner();
         let beneath = std::mem::take(&mut request.beneath);
         let (registration, script) = parse::registration(request).map_err(invalid)?;
-        let shared = &self.shared;
         shared.reserved.refuse(registration.id())?;
+        let joining = shared.security.may_register(&caller, &registration, &shared.registry)?;
+        let registration = registration.owned_by(joining.owner());
         if let Some((script, _)) = &script {
             let judged = shared.puller.judge(&registration, script);
             judged.map_err(|error| Status::permission_denied(error.to_string()))?;
@@ -63,8 +68,11 @@ impl RegistrationService for Registrar {
         let (id, pool, address) =
             (registration.id().clone(), registration.pool().clone(), registration.address());
         shared.say_beneath(&id, beneath)?;
-        let registered =
-            shared.registry.register(registration, shared.clock.now()).map_err(register_refused)?;
+        let registered = shared
+            .registry
+            .register(registration, shared.clock.now())
+            .map_err(|error| register_refused(shared, &caller, error))?;
+        joining.joined();
         shared.changed.notify_one();
         if registered.created {
             shared.metrics.registered();
@@ -85,12 +93,16 @@ impl RegistrationService for Registrar {
         &self,
         request: Request<Streaming<v1::ReportRequest>>,
     ) -> Result<Response<Self::ReportStream>, Status> {
+        let caller = security::caller(&request)?;
+        let open = self.shared.security.stream(&caller)?;
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let shared = Arc::clone(&self.shared);
         // A task of its own, so that a report is taken in when it comes and not when its ack is asked for. It ends with
         // the stream, in either direction, and with the process.
         tokio::spawn(async move {
-            let stream = Reports { shared: &shared, requests: request.into_inner(), events: events.clone() };
+            let _counted_until_it_ends = open;
+            let requests = request.into_inner();
+            let stream = Reports { shared: &shared, caller: &caller, requests, events: events.clone() };
             let ended = tokio::select! {
                 ended = stream.run() => ended,
                 () = events.closed() => Ok(()),
@@ -110,13 +122,22 @@ impl RegistrationService for Registrar {
         &self,
         request: Request<v1::DeregisterRequest>,
     ) -> Result<Response<v1::DeregisterResponse>, Status> {
+        let caller = security::caller(&request)?;
         let request = request.into_inner();
         let id = parse::resource_id(&request.id).map_err(invalid)?;
         self.shared.reserved.refuse(&id)?;
-        let removed =
-            self.shared.registry.deregister(&id, request.incarnation).map_err(|error| match error {
-                DeregisterError::OlderIncarnation { .. } => Status::aborted(error.to_string()),
-            })?;
+        let shared = &self.shared;
+        let removed = shared.registry.deregister_by(
+            caller.ends(&id, &shared.registry).as_ref(),
+            &id,
+            request.incarnation,
+        );
+        let removed = removed.map_err(|error| match error {
+            DeregisterError::OlderIncarnation { .. } => Status::aborted(error.to_string()),
+            DeregisterError::OtherOwner { .. } => {
+                shared.security.refuse(&caller, &Refusal::new(Reason::Id, error.to_string()))
+            }
+        })?;
         if removed {
             self.shared.puller.forget(&self.shared.registry, &id);
             self.shared.changed.notify_one();
@@ -129,6 +150,7 @@ impl RegistrationService for Registrar {
 /// One report stream.
 struct Reports<'a> {
     shared: &'a Shared,
+    caller: &'a Caller,
     requests: Streaming<v1::ReportRequest>,
     events: mpsc::Sender<Result<v1::ReportResponse, Status>>,
 }
@@ -146,6 +168,7 @@ impl Reports<'_> {
         let id = parse::resource_id(&first.id).map_err(invalid)?;
         self.shared.reserved.refuse(&id)?;
         let incarnation = first.incarnation;
+        self.shared.security.may_report(self.caller, &id, &self.shared.registry)?;
         let mut rate = Rate::new(self.shared.clock.now());
         let mut notices = self.shared.notices.changes();
         // What holds already is told as well, once the resource is known to be registered.
@@ -154,7 +177,7 @@ impl Reports<'_> {
         let mut next = Some(first);
         loop {
             if let Some(request) = next.take() {
-                rate.take(self.shared.clock.now())?;
+                self.may_go_on(&id, &mut rate)?;
                 let ack = self.take_report(&id, incarnation, request)?;
                 self.send(Event::Ack(ack)).await?;
             }
@@ -169,6 +192,7 @@ impl Reports<'_> {
                     self.tell(&id, &mut said).await?;
                 }
                 () = tokio::time::sleep(CHECK_EVERY) => {
+                    self.shared.security.still_holds(self.caller)?;
                     self.shared.registry.standing(&id, incarnation).map_err(report_refused)?;
                 }
             }
@@ -180,6 +204,17 @@ impl Reports<'_> {
         let Some(pool) = self.shared.registry.pool_of(id) else { return Ok(()) };
         for notice in self.shared.notices.tell(id, &pool, said) {
             self.send(Event::Notice(notice)).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether the peer may make one more report. In clear text, nobody's rights change meanwhile.
+    fn may_go_on(&self, id: &ResourceId, rate: &mut Rate) -> Result<(), Status> {
+        let Shared { security, registry, clock, .. } = self.shared;
+        rate.take(clock.now()).map_err(|refusal| security.refuse(self.caller, &refusal))?;
+        if self.caller.is_known() {
+            security.still_holds(self.caller)?;
+            security.may_report(self.caller, id, registry)?;
         }
         Ok(())
     }
@@ -206,7 +241,7 @@ impl Reports<'_> {
         if !(beneath.is_empty() && self.shared.beneath.is_empty()) {
             self.shared.say_beneath(id, beneath).inspect_err(|_| {
                 // It would get flows for as long as its lease lasts.
-                let _ = registry.deregister(id, incarnation);
+                let _ = registry.deregister_by(self.caller.owner().as_ref(), id, incarnation);
                 changed.notify_one();
             })?;
         }
@@ -280,14 +315,15 @@ impl Rate {
         Self { left: BURST_MAX * 1_000, at: now }
     }
 
-    fn take(&mut self, now: Timestamp) -> Result<(), Status> {
+    fn take(&mut self, now: Timestamp) -> Result<(), Refusal> {
         let elapsed = now.as_millis().saturating_sub(self.at.as_millis());
         self.left = self.left.saturating_add(elapsed.saturating_mul(RATE_MAX)).min(BURST_MAX * 1_000);
         self.at = now;
         let Some(left) = self.left.checked_sub(1_000) else {
-            return Err(Status::resource_exhausted(format!(
+            let message = format!(
                 "more than {RATE_MAX} reports a second on one stream: report at the registered interval"
-            )));
+            );
+            return Err(Refusal::new(Reason::ReportRate, message));
         };
         self.left = left;
         Ok(())
@@ -308,12 +344,15 @@ pub(crate) fn invalid(error: MessageError) -> Status {
     Status::invalid_argument(error.to_string())
 }
 
-fn register_refused(error: RegisterError) -> Status {
+fn register_refused(shared: &Shared, caller: &Caller, error: RegisterError) -> Status {
     let message = error.to_string();
     match error {
         RegisterError::UnknownPool { .. } => Status::failed_precondition(message),
         RegisterError::OlderIncarnation { .. } => Status::aborted(message),
         RegisterError::PoolFull { .. } => Status::resource_exhausted(message),
+        RegisterError::OtherOwner { .. } => {
+            shared.security.refuse(caller, &Refusal::new(Reason::Id, message))
+        }
     }
 }
 

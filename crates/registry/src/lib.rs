@@ -39,7 +39,7 @@ pub use criteria::{Criterion, CriterionError, Direction, Footprint};
 pub use history::{Aggregate, Answer, History};
 pub use labels::{LABEL_BYTES_MAX, LabelsError, effective_labels, parse_labels};
 pub use offer::Offer;
-pub use registration::{RawRegistration, Registration, RegistrationError};
+pub use registration::{Owner, RawRegistration, Registration, RegistrationError};
 pub use registry::{
     CapabilityError, DeregisterError, ProbeTargets, Readiness, Rebuilt, RegisterError, Registered, Registry,
     Renewal, Report, ReportError, ShareError, UnknownPool, UnknownResource,

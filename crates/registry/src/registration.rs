@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use allocation::{IdError, PoolName, ResourceId};
@@ -55,6 +56,28 @@ pub struct RawRegistration {
     pub pulled_every: Option<Duration>,
 }
 
+/// Who a registration belongs to, by the identity that made it: a name of its certificate, or its token's id. No secret.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Owner(Arc<str>);
+
+impl Owner {
+    /// The owner of this name.
+    pub fn new(name: &str) -> Self {
+        Self(name.into())
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Display for Owner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 /// A resource's registration. It can only be had from [`Registration::parse`], so every bound holds.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Registration {
@@ -72,6 +95,7 @@ pub struct Registration {
     pulled_every: Option<Duration>,
     /// Whether it said how often it reports.
     reports: bool,
+    owner: Option<Owner>,
 }
 
 /// Why a registration was refused. Always the fault of the resource that sent it (or of whoever configured it).
@@ -174,7 +198,13 @@ impl Registration {
             notify_url,
             pulled_every: raw.pulled_every.map(|every| every.min(PULLED_EVERY_MAX)),
             reports: raw.report_interval.is_some() || raw.pulled_every.is_none(),
+            owner: None,
         })
+    }
+
+    /// The same, belonging to this identity: no other may replace it, report for it or end it.
+    pub fn owned_by(self, owner: Option<Owner>) -> Self {
+        Self { owner, ..self }
     }
 
     /// The same with another weight and limit of flows, as the resource asked for since: HAProxy's agent-check can.
@@ -242,6 +272,11 @@ impl Registration {
     /// How often its utilization is fetched; `None`: it is not.
     pub fn pulled_every(&self) -> Option<Duration> {
         self.pulled_every
+    }
+
+    /// Whose it is; `None`: nobody's in particular, as all are that came in clear text.
+    pub fn owner(&self) -> Option<&Owner> {
+        self.owner.as_ref()
     }
 
     /// How long it stays registered without a report.

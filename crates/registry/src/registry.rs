@@ -20,7 +20,7 @@ use crate::pool::{Member, Pool};
 use crate::scores::FLOWS_ASSUMED;
 use crate::{
     Candidate, CandidateScore, Config, ConfigError, ENTRIES_MAX, Explanation, GuardStatus, Labels, LeftOut,
-    Note, PoolStatus, Registration, ResourceState, ResourceStatus, Standing, StateCounts, Utilization,
+    Note, Owner, PoolStatus, Registration, ResourceState, ResourceStatus, Standing, StateCounts, Utilization,
     VersionStatus, effective_labels,
 };
 
@@ -97,6 +97,14 @@ pub enum RegisterError {
         /// The one that was given.
         given: u64,
     },
+    /// The resource's fault: it took another's id.
+    #[error("resource {id} is registered by {owner}: nobody else may register under its id")]
+    OtherOwner {
+        /// Which resource.
+        id: ResourceId,
+        /// Whose it is.
+        owner: Owner,
+    },
     /// A bound of ours.
     #[error("pool {pool} has {max} resources, as many as it takes")]
     PoolFull {
@@ -131,6 +139,14 @@ pub enum ReportError {
 /// Why a resource was not removed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DeregisterError {
+    /// It is another's.
+    #[error("resource {id} is registered by {owner}: nobody else may deregister it")]
+    OtherOwner {
+        /// Which one.
+        id: ResourceId,
+        /// Whose it is.
+        owner: Owner,
+    },
     /// The one that leaves is not the one that is here.
     #[error("resource {id} is registered with incarnation {registered}, newer than {given}: it stays")]
     OlderIncarnation {
@@ -301,6 +317,9 @@ impl Registry {
             }
             Place::Occupied(mut place) => {
                 let entry = place.get_mut();
+                if let Some(owner) = other_owner(&entry.registration, registration.owner()) {
+                    return Err(RegisterError::OtherOwner { id: registration.id().clone(), owner });
+                }
                 let (old, new) = (entry.registration.incarnation(), registration.incarnation());
                 if new < old {
                     return Err(RegisterError::OlderIncarnation {
@@ -554,14 +573,35 @@ impl Registry {
         Ok(standing(&self.lock(entry.pool), &entry))
     }
 
-    /// Removes a resource and everything kept of it. True: it was there.
+    /// Whose a resource is: `None`, there is no such resource; `Some(None)`, nobody's in particular.
+    pub fn owner(&self, id: &ResourceId) -> Option<Option<Owner>> {
+        self.resources.get(id).map(|entry| entry.registration.owner().cloned())
+    }
+
+    /// Removes a resource that is nobody's in particular, and everything kept of it. True: it was there.
     ///
     /// # Errors
-    /// If a newer incarnation is registered.
+    /// If a newer incarnation is registered, or it is somebody's.
     pub fn deregister(&self, id: &ResourceId, incarnation: u64) -> Result<bool, DeregisterError> {
+        self.deregister_by(None, id, incarnation)
+    }
+
+    /// Removes a resource in the name of this identity, and everything kept of it. True: it was there.
+    ///
+    /// # Errors
+    /// If a newer incarnation is registered, or it is somebody else's.
+    pub fn deregister_by(
+        &self,
+        owner: Option<&Owner>,
+        id: &ResourceId,
+        incarnation: u64,
+    ) -> Result<bool, DeregisterError> {
         let Place::Occupied(place) = self.resources.entry(id.clone()) else {
             return Ok(false);
         };
+        if let Some(owner) = other_owner(&place.get().registration, owner) {
+            return Err(DeregisterError::OtherOwner { id: id.clone(), owner });
+        }
         let registered = place.get().registration.incarnation();
         if incarnation < registered {
             return Err(DeregisterError::OlderIncarnation { id: id.clone(), registered, given: incarnation });
@@ -814,6 +854,11 @@ impl Registry {
         // A panic under the lock is a fault of ours; what is in the pool is still the best there is.
         self.pools[index].lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Who owns a registration, if that is neither nobody nor the one who asks.
+fn other_owner(registration: &Registration, asks: Option<&Owner>) -> Option<Owner> {
+    registration.owner().filter(|owner| Some(*owner) != asks).cloned()
 }
 
 /// Where reports move no weights, nothing is held.

@@ -6,6 +6,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use agent::Transport;
+use agent::transport::{Connection, chain};
 use api::v1::admin_service_client::AdminServiceClient;
 use api::v1::{
     DrainRequest, ExplainRequest, ExplainResponse, ListCapabilitiesRequest, ListPoolsRequest,
@@ -13,7 +15,7 @@ use api::v1::{
     SetVersionShareRequest,
 };
 use serde::Serialize;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Endpoint, Uri};
 use tonic::{Code, Status};
 
 use crate::cli::{
@@ -25,6 +27,7 @@ use crate::output::print;
 pub mod dns;
 pub mod notify;
 mod pull;
+pub mod tokens;
 mod view;
 
 pub use pull::{ScriptView, pull};
@@ -45,22 +48,25 @@ const ANSWER_BYTES_MAX: usize = 256 << 20;
 #[derive(Debug, Clone)]
 pub struct Admin {
     control: String,
-    client: AdminServiceClient<Channel>,
+    client: AdminServiceClient<Connection>,
 }
 
 impl Admin {
-    /// Connects to `http://host:port`.
+    /// Connects as the command line says.
     ///
     /// # Errors
-    /// [`Failure::Unreachable`] when nobody answers.
-    pub async fn connect(control: &str) -> Result<Self, Failure> {
-        let unreachable = |reason| Failure::Unreachable { control: control.to_owned(), reason };
-        let endpoint = Endpoint::from_shared(control.to_owned())
-            .map_err(|error| unreachable(error.to_string()))?
-            .connect_timeout(CONNECT_TIMEOUT)
-            .timeout(ANSWER_TIMEOUT);
-        let channel = endpoint.connect().await.map_err(|error| unreachable(innermost(&error)))?;
-        let client = AdminServiceClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
+    /// [`Failure::Unreachable`] when nobody answers, or nobody whom TLS lets us trust.
+    pub async fn connect(args: &AdminArgs) -> Result<Self, Failure> {
+        Self::connect_to(&args.control, &args.transport.transport()).await
+    }
+
+    /// Connects to `https://host:port` or `http://host:port`.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn connect_to(control: &str, transport: &Transport) -> Result<Self, Failure> {
+        let connection = connection_to(control, transport).await?;
+        let client = AdminServiceClient::new(connection).max_decoding_message_size(ANSWER_BYTES_MAX);
         Ok(Self { control: control.to_owned(), client })
     }
 
@@ -164,24 +170,30 @@ impl Admin {
                 reason: "what answers there has no trimtab control (is it the http address?)".into(),
             },
             Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown | Code::Internal => {
-                let reason =
-                    if status.message().is_empty() { innermost(status) } else { status.message().into() };
-                Failure::Unreachable { control, reason }
+                Failure::Unreachable { control, reason: reason(status) }
             }
             _ => Failure::Refused { control, reason: status.message().to_owned() },
         }
     }
 }
 
-/// The cause at the bottom: `Connection refused`, not `transport error`.
-pub(crate) fn innermost(error: &dyn std::error::Error) -> String {
-    let mut deepest = error.to_string();
-    let mut next = error.source();
-    while let Some(error) = next {
-        deepest = error.to_string();
-        next = error.source();
-    }
-    deepest
+/// A connection as the command line says.
+pub(crate) async fn connection(args: &AdminArgs) -> Result<Connection, Failure> {
+    connection_to(&args.control, &args.transport.transport()).await
+}
+
+async fn connection_to(control: &str, transport: &Transport) -> Result<Connection, Failure> {
+    let unreachable = |reason| Failure::Unreachable { control: control.to_owned(), reason };
+    let uri = control.parse::<Uri>().map_err(|error| unreachable(error.to_string()))?;
+    let patient = |endpoint: Endpoint| endpoint.timeout(ANSWER_TIMEOUT);
+    let connection = transport.connect(&uri, CONNECT_TIMEOUT, patient).await;
+    connection.map_err(|error| unreachable(error.to_string()))
+}
+
+/// Why nobody answered, with what is beneath it.
+pub(crate) fn reason(status: &Status) -> String {
+    let cause = std::error::Error::source(status);
+    cause.map_or_else(|| status.message().to_owned(), chain)
 }
 
 /// Runs one question to its end on this thread.
@@ -216,7 +228,7 @@ pub fn resources(args: &ResourcesArgs) -> Result<(), Failure> {
     struct Resources {
         resources: Vec<ResourceView>,
     }
-    let resources = ask(async { Admin::connect(&args.admin.control).await?.resources(&args.pool).await })?;
+    let resources = ask(async { Admin::connect(&args.admin).await?.resources(&args.pool).await })?;
     show(args.admin.output, &Resources { resources }, |all| view::resources_table(&all.resources))
 }
 
@@ -229,7 +241,7 @@ pub fn pools(args: &AdminArgs) -> Result<(), Failure> {
     struct Pools {
         pools: Vec<PoolView>,
     }
-    let pools = ask(async { Admin::connect(&args.control).await?.pools().await })?;
+    let pools = ask(async { Admin::connect(args).await?.pools().await })?;
     show(args.output, &Pools { pools }, |all| view::pools_table(&all.pools))
 }
 
@@ -244,7 +256,7 @@ pub fn explain(args: &ExplainArgs) -> Result<(), Failure> {
         requires: args.requires.clone(),
         last: args.last,
     };
-    let explained = ask(async { Admin::connect(&args.admin.control).await?.explain(question).await })?;
+    let explained = ask(async { Admin::connect(&args.admin).await?.explain(question).await })?;
     show(args.admin.output, &explained, view::explain_text)
 }
 
@@ -254,7 +266,7 @@ pub fn explain(args: &ExplainArgs) -> Result<(), Failure> {
 /// When the balancer refuses or does not answer.
 pub fn versions(args: &VersionsArgs) -> Result<(), Failure> {
     let versions = ask(async {
-        let mut admin = Admin::connect(&args.admin.control).await?;
+        let mut admin = Admin::connect(&args.admin).await?;
         if let Some((version, share)) = &args.set {
             admin.set_version_share(&args.pool, version, *share).await?;
         }
@@ -273,7 +285,7 @@ pub fn capabilities(args: &CapabilitiesArgs) -> Result<(), Failure> {
         capabilities: Vec<CapabilitiesView>,
     }
     let capabilities = ask(async {
-        let mut admin = Admin::connect(&args.admin.control).await?;
+        let mut admin = Admin::connect(&args.admin).await?;
         match &args.id {
             None => admin.capabilities().await,
             Some(id) => {
@@ -291,7 +303,7 @@ pub fn capabilities(args: &CapabilitiesArgs) -> Result<(), Failure> {
 /// # Errors
 /// When the balancer refuses or does not answer.
 pub fn drain(args: &ResourceArgs) -> Result<(), Failure> {
-    let flows_open = ask(async { Admin::connect(&args.admin.control).await?.drain(&args.id).await })?;
+    let flows_open = ask(async { Admin::connect(&args.admin).await?.drain(&args.id).await })?;
     let done = BTreeMap::from([
         ("id", serde_json::Value::from(args.id.as_str())),
         ("state", "draining".into()),
@@ -307,7 +319,7 @@ pub fn drain(args: &ResourceArgs) -> Result<(), Failure> {
 /// # Errors
 /// When the balancer refuses or does not answer.
 pub fn ready(args: &ResourceArgs) -> Result<(), Failure> {
-    ask(async { Admin::connect(&args.admin.control).await?.ready(&args.id).await })?;
+    ask(async { Admin::connect(&args.admin).await?.ready(&args.id).await })?;
     let done = BTreeMap::from([("id", args.id.as_str()), ("state", "ready")]);
     show(args.admin.output, &done, |_| format!("{} gets new flows again\n", args.id))
 }

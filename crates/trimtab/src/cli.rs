@@ -13,6 +13,7 @@ pub use script::{ScriptArgs, read_mapping};
 
 use crate::config::{Engine, above_zero, parse_policy, zero_disables};
 use crate::problem::Problem;
+use crate::transport::TransportArgs;
 use crate::units::{ListenAddress, parse_address, parse_bandwidth, parse_duration};
 
 pub mod notify;
@@ -95,6 +96,10 @@ pub enum Command {
     Deregister(ResourceArgs),
     /// Say how publishing in DNS goes: zone, server, state, and what is wrong.
     Dns(AdminArgs),
+    /// Make, list or revoke bearer tokens, by which resources join and administrators come.
+    Token(TokenArgs),
+    /// Make a small CA and certificates for a first set-up.
+    Pki(PkiArgs),
     /// Run a balancer, three services with agents and a gentle load on this machine; prints what to try.
     Demo(DemoArgs),
     /// One of the demo's services.
@@ -170,7 +175,7 @@ pub struct AgentArgs {
     /// Where the resource serves: IP:PORT, as the balancer reaches it.
     #[arg(long, value_name = "IP:PORT", value_parser = parse_backend)]
     pub address: SocketAddr,
-    /// The balancer's control address: http://HOST:PORT. Repeat it to register with several balancers; one that is
+    /// The balancer's control address: https://HOST:PORT, or http:// for clear text. Repeat it to register with several balancers; one that is
     /// away delays no other.
     #[arg(
         long,
@@ -235,6 +240,9 @@ pub struct AgentArgs {
     /// What it can bear, compared with the others of its pool, before its reports say so. Above 0, up to 1000.
     #[arg(long, default_value_t = 1.0, value_name = "N", value_parser = parse_weight)]
     pub weight: f64,
+    /// How the balancers are reached, and what they are shown.
+    #[command(flatten)]
+    pub transport: TransportArgs,
     /// Do not check that the service answers at its address.
     #[arg(long)]
     pub no_check: bool,
@@ -296,6 +304,9 @@ pub struct AdminArgs {
         value_parser = parse_control
     )]
     pub control: String,
+    /// How it is reached, and what it is shown.
+    #[command(flatten)]
+    pub transport: TransportArgs,
     /// For people or for scripts.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     pub output: Output,
@@ -379,6 +390,124 @@ pub struct ResourceArgs {
     pub admin: AdminArgs,
 }
 
+/// `token`.
+#[derive(Debug, Args)]
+pub struct TokenArgs {
+    /// What to do with tokens.
+    #[command(subcommand)]
+    pub command: TokenCommand,
+}
+
+/// What to do with tokens.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make one, and print it: once, for nobody keeps it.
+    Create(TokenCreateArgs),
+    /// List them, without their secrets.
+    List(AdminArgs),
+    /// Take one back: what joined by it may not report any more.
+    Revoke(TokenRevokeArgs),
+}
+
+/// `token create`.
+#[derive(Debug, Args)]
+pub struct TokenCreateArgs {
+    /// A pool that a resource may join by it. Repeat it for more.
+    #[arg(long)]
+    pub pool: Vec<String>,
+    /// How long resources may join by it; what joined by then stays.
+    #[arg(long, default_value = "1h", value_name = "TIME", value_parser = above_zero)]
+    pub ttl: Duration,
+    /// How many resources may join by it; 0: any number.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub uses: u32,
+    /// A network whose addresses a resource may register though it does not connect from them. Repeat it for more.
+    #[arg(long, value_name = "CIDR")]
+    pub address: Vec<String>,
+    /// What its holder may be: resource or admin.
+    #[arg(long, default_value = "resource", value_name = "ROLE", value_parser = ["resource", "admin"])]
+    pub role: String,
+    /// Whom to ask and how to print.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+/// `token revoke`.
+#[derive(Debug, Args)]
+pub struct TokenRevokeArgs {
+    /// The token, by its id: the 12 digits that `token list` shows, and that stand second in the token.
+    pub id: String,
+    /// Whom to ask and how to print.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+/// `pki`.
+#[derive(Debug, Args)]
+pub struct PkiArgs {
+    /// What to make.
+    #[command(subcommand)]
+    pub command: PkiCommand,
+}
+
+/// What `pki` makes.
+#[derive(Debug, Subcommand)]
+pub enum PkiCommand {
+    /// Make a CA: ca.pem, for everybody, and ca.key, for nobody but who signs with it.
+    Init(PkiInitArgs),
+    /// Make a key and a certificate that the CA signs: NAME.pem and NAME.key.
+    Issue(PkiIssueArgs),
+}
+
+/// `pki init`.
+#[derive(Debug, Args)]
+pub struct PkiInitArgs {
+    /// The folder; it is made if it is not there.
+    #[arg(long, value_name = "FOLDER")]
+    pub dir: PathBuf,
+    /// What the CA is called, for people.
+    #[arg(long, default_value = "trimtab CA")]
+    pub name: String,
+    /// For how many days it is valid.
+    #[arg(long, default_value_t = 3650, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub days: u16,
+    /// Replace what is there. What the old CA signed is worth nothing then.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `pki issue`.
+#[derive(Debug, Args)]
+pub struct PkiIssueArgs {
+    /// The folder with the CA.
+    #[arg(long, value_name = "FOLDER")]
+    pub dir: PathBuf,
+    /// What its files are called.
+    #[arg(long, value_parser = crate::pki::parse_name)]
+    pub name: String,
+    /// A DNS name of its holder. Repeat it for more.
+    #[arg(long, value_name = "NAME")]
+    pub dns: Vec<String>,
+    /// An IP address of its holder. Repeat it for more.
+    #[arg(long, value_name = "IP", value_parser = crate::pki::parse_ip)]
+    pub ip: Vec<std::net::IpAddr>,
+    /// A URI of its holder: spiffe://DOMAIN/PATH. Repeat it for more.
+    #[arg(long, value_name = "URI")]
+    pub uri: Vec<String>,
+    /// For how many days it is valid.
+    #[arg(long, default_value_t = 365, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub days: u16,
+    /// For a client (an agent, an administrator) alone. [default: for clients and servers]
+    #[arg(long, conflicts_with = "server")]
+    pub client: bool,
+    /// For a server (a balancer) alone.
+    #[arg(long)]
+    pub server: bool,
+    /// Replace what is there.
+    #[arg(long)]
+    pub force: bool,
+}
+
 /// `demo`.
 #[derive(Debug, Args)]
 pub struct DemoArgs {
@@ -442,17 +571,19 @@ fn parse_backend(text: &str) -> Result<SocketAddr, Problem> {
     Ok(address)
 }
 
-/// `http://host:port`; the scheme may be left out.
+/// `https://host:port` or `http://host:port`; without a scheme, it is `http`.
 pub(crate) fn parse_control(text: &str) -> Result<String, Problem> {
-    let hint = "write http://HOST:PORT, as http://127.0.0.1:7400";
-    if text.starts_with("https://") {
-        return Err(Problem::new(format!("{text:?}: TLS is not supported by this version"), hint));
-    }
-    let rest = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+    let hint = "write https://HOST:PORT, or http://HOST:PORT as http://127.0.0.1:7400";
+    let (scheme, rest) = text.split_once("://").unwrap_or(("http", text));
+    let rest = rest.trim_end_matches('/');
     let port = rest.rsplit_once(':').and_then(|(host, port)| (!host.is_empty()).then_some(port));
     let is_address = port.is_some_and(|port| port.parse::<u16>().is_ok_and(|port| port != 0));
-    let url = format!("http://{rest}");
-    if !is_address || rest.contains(['/', '@', '?', '#']) || url.parse::<tonic::transport::Uri>().is_err() {
+    let url = format!("{scheme}://{rest}");
+    if !matches!(scheme, "http" | "https")
+        || !is_address
+        || rest.contains(['/', '@', '?', '#'])
+        || url.parse::<tonic::transport::Uri>().is_err()
+    {
         return Err(Problem::new(format!("{text:?} is not a control address"), hint));
     }
     Ok(url)
@@ -520,6 +651,7 @@ mod tests {
             ("http://127.0.0.1:7400", "http://127.0.0.1:7400"),
             ("balancer.example:7400/", "http://balancer.example:7400"),
             ("[::1]:7400", "http://[::1]:7400"),
+            ("https://a:7400", "https://a:7400"),
         ] {
             assert_eq!(parse_control(text).as_deref(), Ok(url), "{text}");
         }
@@ -529,13 +661,34 @@ mod tests {
             "http://",
             ":7400",
             "http://a:0",
-            "https://a:7400",
+            "ftp://a:7400",
+            "https://a",
             "http://a:7400/x",
             "a b:1",
             "::1:x",
         ] {
             assert!(parse_control(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn what_control_is_shown() {
+        let agent = |flags: &[&str]| {
+            let line = ["trimtab", "agent", "--pool", "sql", "--address", "10.0.0.1:5432"];
+            Cli::try_parse_from(line.iter().chain(flags))
+        };
+        let full =
+            agent(&["--ca", "ca", "--cert", "c", "--key", "k", "--server-name", "b", "--token-file", "t"]);
+        let Ok(Cli { command: Command::Agent(full), .. }) = full else { panic!("{full:?}") };
+        let transport = full.transport.transport();
+        assert_eq!(transport.scheme(), "https");
+        assert_eq!(transport.identity, Some(("c".into(), "k".into())));
+        assert_eq!(transport.token, agent::TokenSource::File("t".into()));
+        for half in [["--cert", "c"], ["--key", "k"]] {
+            assert!(agent(&half).is_err(), "{half:?}");
+        }
+        // On the command line everybody could read it.
+        assert!(agent(&["--token", "secret"]).is_err());
     }
 
     #[test]

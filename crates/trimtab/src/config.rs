@@ -27,6 +27,7 @@ mod pool;
 mod provider;
 mod pull;
 mod reader;
+mod security;
 mod upstream;
 
 pub use notices::NoticesConfig;
@@ -43,7 +44,6 @@ pub const DRAIN_TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);
 
 /// Top-level keys and policies of the design that this version does not have.
 const LATER_ROOT: [&str; 1] = ["store"];
-const LATER_CONTROL: [&str; 2] = ["tls", "tokens"];
 /// What one buffer ring can hold.
 const BUFFERS_MAX: u64 = 32_768;
 /// A ring and a thread each; more than any machine has cores.
@@ -58,6 +58,8 @@ pub struct Config {
     pub control: EndpointConfig,
     /// Executing utilization scripts.
     pub pull: control::PullConfig,
+    /// Who may join, and how control proves who it is.
+    pub security: control::SecurityConfig,
     /// Metrics and probes.
     pub http: EndpointConfig,
     /// Moving bytes.
@@ -242,10 +244,13 @@ impl Config {
         let broken = reader.is_broken();
         let mut root = reader.root(table);
         let mut bound = Bound::default();
-        let mut section = root.section("control");
-        let pull = pull::read(section.section("pull"));
-        let control = read_endpoint(section, CONTROL_LISTEN_DEFAULT, &LATER_CONTROL, &mut bound);
-        let http = read_endpoint(root.section("http"), HTTP_LISTEN_DEFAULT, &["tls"], &mut bound);
+        let mut control = root.section("control");
+        let pull = pull::read(control.section("pull"));
+        let security = security::read(&mut control);
+        let clear = if security.has_tls { ClearText::No } else { ClearText::OrTls };
+        let control = read_endpoint(control, CONTROL_LISTEN_DEFAULT, clear, &[], &mut bound);
+        let http =
+            read_endpoint(root.section("http"), HTTP_LISTEN_DEFAULT, ClearText::Always, &["tls"], &mut bound);
         let dataplane = read_dataplane(root.section("dataplane"));
         let decisions = read_decisions(root.section("decisions"));
         let notices = notices::read(&mut root);
@@ -255,6 +260,11 @@ impl Config {
         let upstreams = upstream::read(&mut root, listeners.as_deref().filter(|_| !broken));
         let providers = provider::read(&mut root, known);
         let dns = dns::read(&mut root, listeners.as_deref());
+        for (at, pool) in security.named {
+            if let Some(problem) = known.and_then(|known| unknown_pool("control.peer.pools", &pool, known)) {
+                root.reader().report(at, problem);
+            }
+        }
         let both = pools.zip(listeners).map(|(mut pools, listeners)| {
             pool::add_tables(&mut pools, &listeners);
             (pools, listeners)
@@ -266,6 +276,7 @@ impl Config {
         let (pools, listeners) = both?;
         Some(Self {
             control,
+            security: security.config,
             pull,
             http,
             dataplane,
@@ -303,10 +314,22 @@ impl Bound {
     }
 }
 
-/// `[control]` and `[http]` have the same keys; they differ in their defaults.
+/// What an endpoint speaks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ClearText {
+    /// TLS.
+    No,
+    /// Clear text, as it has no TLS.
+    OrTls,
+    /// Nothing else.
+    Always,
+}
+
+/// `[control]` and `[http]` share these keys; they differ in their defaults.
 fn read_endpoint(
     mut section: Section<'_, '_>,
     default: SocketAddr,
+    clear: ClearText,
     later: &[&str],
     bound: &mut Bound,
 ) -> EndpointConfig {
@@ -317,11 +340,13 @@ fn read_endpoint(
     if let Some(listen) = listen {
         let at = listen.span().start;
         let owner = format!("{name}.listen");
-        if !address.ip().is_loopback() && !insecure {
+        if !address.ip().is_loopback() && !insecure && clear != ClearText::No {
+            let or_tls =
+                if clear == ClearText::OrTls { ", give it certificates in [control.tls]" } else { "" };
             let problem = Problem::new(
                 format!("`{owner}`: {address} is open to other hosts, in clear text and to anyone"),
                 format!(
-                    "write \"127.0.0.1:{}\", or add insecure = true to [{name}] if the network is trusted",
+                    "write \"127.0.0.1:{}\"{or_tls}, or add insecure = true to [{name}] if the network is trusted",
                     address.port()
                 ),
             );

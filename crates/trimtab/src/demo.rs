@@ -22,6 +22,8 @@ use discovery::TsigKey;
 use tempfile::TempDir;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
+use agent::Transport;
+
 use crate::admin::{Admin, ResourceView, StateView};
 use crate::cli::DemoArgs;
 use crate::config::{CONTROL_LISTEN_DEFAULT, HTTP_LISTEN_DEFAULT};
@@ -211,7 +213,7 @@ impl Fleet {
 /// Waits until all have registered, says what there is, and then a line a second.
 async fn show(args: &DemoArgs, plan: &Plan, fleet: &mut Fleet) -> Result<(), Failure> {
     let control = format!("http://{}", plan.control);
-    let mut admin = Admin::connect(&control).await?;
+    let mut admin = Admin::connect_to(&control, &Transport::default()).await?;
     wait_for_resources(&mut admin).await?;
     print(&introduction(args, plan, fleet))?;
 

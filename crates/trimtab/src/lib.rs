@@ -10,6 +10,7 @@ pub mod failure;
 pub mod life;
 pub mod logging;
 pub mod output;
+pub mod pki;
 pub mod problem;
 pub mod proxy;
 pub mod publishing;
@@ -17,6 +18,7 @@ pub mod register;
 pub mod serve;
 pub mod sidecar;
 pub mod signals;
+pub mod transport;
 pub mod units;
 mod upstream;
 

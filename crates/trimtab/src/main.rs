@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use trimtab::cli::{Cli, Command};
-use trimtab::{admin, check, demo, failure, logging, proxy, register, serve, sidecar};
+use trimtab::{admin, check, demo, failure, logging, pki, proxy, register, serve, sidecar};
 
 /// A command line becomes a command; the command runs to its end; how it ended becomes the exit code.
 fn main() -> ExitCode {
@@ -30,6 +30,8 @@ fn main() -> ExitCode {
         Command::Register(args) => register::register(&args),
         Command::Deregister(args) => register::deregister(&args),
         Command::Dns(args) => admin::dns::run(&args),
+        Command::Token(args) => admin::tokens::run(&args),
+        Command::Pki(args) => pki::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::DemoService(args) => demo::service::run(args),
     });

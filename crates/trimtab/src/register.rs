@@ -3,22 +3,20 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use agent::transport::Connection;
 use api::v1::registration_service_client::RegistrationServiceClient;
 use api::v1::{DeregisterRequest, PullStatus, RegisterRequest, Resource};
 use serde::Serialize;
-use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
-use crate::admin::{ask, innermost, show};
-use crate::cli::{RegisterArgs, ResourceArgs};
+use crate::admin::{ask, connection, reason, show};
+use crate::cli::{AdminArgs, RegisterArgs, ResourceArgs};
 use crate::failure::Failure;
 use crate::problem::Problem;
 use crate::{host_name, sidecar};
 
 /// What `register` registers with: the same again renews, and an agent's (its start's time) replaces it.
 const INCARNATION: u64 = 1;
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a balancer answered.
 #[derive(Debug, Serialize)]
@@ -90,13 +88,12 @@ pub fn register(args: &RegisterArgs) -> Result<(), Failure> {
         probe_address: String::new(),
         utilization_script: Some(script),
         notify_url: args.notify_url.clone(),
-        ..Resource::default()
     };
     let request =
         RegisterRequest { resource: Some(resource), incarnation: INCARNATION, ..RegisterRequest::default() };
     let control = &args.admin.control;
     let answer = ask(async {
-        let answer = connect(control).await?.register(request).await;
+        let answer = connect(&args.admin).await?.register(request).await;
         answer.map_err(|status| failure(control, &status)).map(tonic::Response::into_inner)
     })?;
     let lease = answer.lease.and_then(|lease| Duration::try_from(lease).ok()).unwrap_or_default();
@@ -124,7 +121,7 @@ pub fn deregister(args: &ResourceArgs) -> Result<(), Failure> {
     // Whoever registered it, and however late: an operator means it.
     let request = DeregisterRequest { id: args.id.clone(), incarnation: u64::MAX };
     let removed = ask(async {
-        let answer = connect(control).await?.deregister(request).await;
+        let answer = connect(&args.admin).await?.deregister(request).await;
         Ok(answer.map_err(|status| failure(control, &status))?.into_inner().removed)
     })?;
     if !removed {
@@ -135,22 +132,15 @@ pub fn deregister(args: &ResourceArgs) -> Result<(), Failure> {
     show(args.admin.output, &done, |_| format!("{} is deregistered\n", args.id))
 }
 
-async fn connect(control: &str) -> Result<RegistrationServiceClient<Channel>, Failure> {
-    let unreachable = |reason| Failure::Unreachable { control: control.to_owned(), reason };
-    let endpoint = Endpoint::from_shared(control.to_owned())
-        .map_err(|error| unreachable(error.to_string()))?
-        .connect_timeout(CONNECT_TIMEOUT)
-        .timeout(ANSWER_TIMEOUT);
-    let channel = endpoint.connect().await.map_err(|error| unreachable(innermost(&error)))?;
-    Ok(RegistrationServiceClient::new(channel))
+async fn connect(args: &AdminArgs) -> Result<RegistrationServiceClient<Connection>, Failure> {
+    connection(args).await.map(RegistrationServiceClient::new)
 }
 
 fn failure(control: &str, status: &Status) -> Failure {
     let control = control.to_owned();
     match status.code() {
         Code::Unimplemented | Code::Unavailable | Code::DeadlineExceeded | Code::Unknown | Code::Internal => {
-            let reason =
-                if status.message().is_empty() { innermost(status) } else { status.message().into() };
+            let reason = reason(status);
             Failure::Unreachable { control, reason }
         }
         _ => Failure::Refused { control, reason: status.message().to_owned() },

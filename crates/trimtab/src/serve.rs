@@ -178,6 +178,7 @@ fn control_config(config: &Config, pools: &Pools, bound: &Bound, dns: &discovery
         listen: config.control.listen,
         http: config.http.listen,
         insecure: config.control.insecure,
+        security: config.security.clone(),
         balancer_id: balancer_id(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pools: pools.collect(),
@@ -206,7 +207,8 @@ fn lines(config: &Config, bound: &Bound, control: &Control) -> String {
     };
     let listeners: String = config.listeners.iter().zip(bound.addresses()).map(listening).collect();
     format!(
-        "{listeners}control http://{}\nhttp http://{}\nready\n",
+        "{listeners}control {}://{}\nhttp http://{}\nready\n",
+        control.control_scheme(),
         control.control_address(),
         control.http_address()
     )

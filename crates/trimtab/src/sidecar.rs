@@ -79,6 +79,7 @@ fn configuration(args: AgentArgs) -> Result<AgentConfig, Failure> {
     };
     let mut config = AgentConfig::new(balancers, resource);
     config.discover = discover;
+    config.transport = args.transport.transport();
     config.report_interval = args.report_interval;
     config.source = args.cgroup.map_or(Source::Host, Source::Cgroup);
     config.utilization_file = args.utilization_file;

@@ -116,6 +116,7 @@ fn links(config: &Config, upstream: &UpstreamConfig, bound: &[SocketAddr]) -> Re
             ..Resource::default()
         };
         let mut agent = AgentConfig::new(balancers.clone(), resource);
+        agent.transport = upstream.transport.clone();
         agent.report_interval = upstream.report_interval;
         links.push(Link { pool: listener.pool.clone(), table: config.table_of(listener), agent });
     }

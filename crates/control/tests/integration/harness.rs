@@ -73,6 +73,7 @@ pub(crate) fn config() -> (ControlConfig, Publisher) {
         listen: "127.0.0.1:0".parse().unwrap(),
         http: "127.0.0.1:0".parse().unwrap(),
         insecure: false,
+        security: control::SecurityConfig::default(),
         balancer_id: "b-1".into(),
         version: "0.1.0".into(),
         pools: vec![pool("sql", &publisher), pool("xmpp", &other)],

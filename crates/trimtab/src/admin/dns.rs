@@ -59,7 +59,7 @@ pub fn run(args: &AdminArgs) -> Result<(), Failure> {
     struct All {
         dns: Vec<DnsView>,
     }
-    let dns = ask(async { Admin::connect(&args.control).await?.dns().await })?;
+    let dns = ask(async { Admin::connect(args).await?.dns().await })?;
     show(args.output, &All { dns }, |all| table(&all.dns))
 }
 

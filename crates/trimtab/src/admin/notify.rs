@@ -139,7 +139,7 @@ pub fn run(args: &NotifyArgs) -> Result<(), Failure> {
         NotifyCommand::Shed(args) => make(&args.admin, shed(args)),
         NotifyCommand::List(args) => list(args),
         NotifyCommand::Withdraw(args) => {
-            ask(async { Admin::connect(&args.admin.control).await?.withdraw(&args.notice).await })?;
+            ask(async { Admin::connect(&args.admin).await?.withdraw(&args.notice).await })?;
             let done = serde_json::json!({"notice": args.notice, "withdrawn": true});
             show(args.admin.output, &done, |_| format!("{} is withdrawn\n", args.notice))
         }
@@ -180,7 +180,7 @@ fn shed(args: &ShedArgs) -> NotifyRequest {
 }
 
 fn make(admin: &AdminArgs, request: NotifyRequest) -> Result<(), Failure> {
-    let made = ask(async { Admin::connect(&admin.control).await?.notify(request).await })?;
+    let made = ask(async { Admin::connect(admin).await?.notify(request).await })?;
     show(admin.output, &made, |made| {
         format!(
             "{}: for {} registered resources; `trimtab notify list` says who has taken it\n",
@@ -194,7 +194,7 @@ fn list(args: &AdminArgs) -> Result<(), Failure> {
     struct Notices {
         notices: Vec<NoticeView>,
     }
-    let notices = ask(async { Admin::connect(&args.control).await?.notices().await })?;
+    let notices = ask(async { Admin::connect(args).await?.notices().await })?;
     match args.output {
         Output::Json => show(args.output, &Notices { notices }, |_| String::new()),
         Output::Table => show(args.output, &Notices { notices }, |all| notices_text(&all.notices)),

@@ -63,7 +63,7 @@ struct Pulled {
 /// When the balancer refuses or does not answer.
 pub fn pull(args: &ResourceArgs) -> Result<(), Failure> {
     let pulled = ask(async {
-        let mut admin = Admin::connect(&args.admin.control).await?;
+        let mut admin = Admin::connect(&args.admin).await?;
         let answer = admin.client.pull(PullRequest { id: args.id.clone() }).await;
         let answer = answer.map_err(|status| admin.failure(&status))?.into_inner();
         Ok(Pulled {

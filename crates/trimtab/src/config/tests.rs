@@ -29,6 +29,7 @@ fn the_least_file_takes_every_default() {
         Config {
             control: loopback(7400),
             pull: control::PullConfig::default(),
+            security: control::SecurityConfig::default(),
             http: loopback(7480),
             dataplane: DataplaneConfig::default(),
             decisions: DecisionsConfig::default(),
@@ -448,10 +449,10 @@ pool = "web"
 "#;
     let expected = r#"f:2:1: error: there is no key `control.listn`
   hint: did you mean `listen`?
-f:3:10: error: `control.listen`: 0.0.0.0:7400 is open to other hosts, in clear text and to anyone
-  hint: write "127.0.0.1:7400", or add insecure = true to [control] if the network is trusted
-f:4:10: error: `control.tls` is not supported by this version
-  hint: remove it; it comes in a later release
+f:4:1: error: `control.tls.key` is missing
+  hint: add key = "balancer.key"
+f:4:1: error: `control.tls.client_ca` is missing
+  hint: add client_ca = "resources-ca.pem"
 f:7:10: error: `http.listen`: this is an integer, not a text
   hint: write an IP address and a port: "127.0.0.1:5432" or "[::1]:5432"
 f:9:11: error: `dataplane.workers`: -1 is out of range
@@ -561,7 +562,7 @@ fn bytes_that_are_not_text() {
 fn columns_count_characters() {
     assert_eq!(
         errors(&with_a_listener("[control]\n\"ключ\" = 1")),
-        "f:2:1: error: there is no key `control.ключ`\n  hint: there are pull, insecure, listen\n"
+        "f:2:1: error: there is no key `control.ключ`\n  hint: there are pull, addresses, tls, limits, peer, insecure, listen\n"
     );
     assert_eq!(
         errors(&with_a_listener("http = { \"ü\" = 1, listen = 2 }")),
@@ -771,4 +772,91 @@ fn dns_as_it_may_not_be_written() {
     ] {
         assert_eq!(said(lines), wanted, "{lines}");
     }
+}
+
+/// Lines of security, from line 1 of a file on, and what is said of them.
+#[rustfmt::skip]
+const WRONG_SECURITY: &[(&str, &str)] = &[
+    ("[control]\nlisten = \"0.0.0.0:7400\"",
+     "f:2:10: error: `control.listen`: 0.0.0.0:7400 is open to other hosts, in clear text and to anyone\n  hint: write \"127.0.0.1:7400\", give it certificates in [control.tls], or add insecure = true to [control] if the network is trusted\n"),
+    ("[control]\naddresses = [\"10.0.0.0/33\"]",
+     "f:2:13: error: `control.addresses`: \"10.0.0.0/33\" is not a network\n  hint: write \"10.0.0.0/8\" or \"10.0.0.1\"\n"),
+    ("[control.tls]\ncert = \"\"\nkey = 1\nclientca = \"x\"\nrequire_certificate = 1",
+     "f:1:1: error: `control.tls.client_ca` is missing\n  hint: add client_ca = \"resources-ca.pem\"\nf:2:8: error: `control.tls.cert`: this names no file\n  hint: write the path of a file in PEM\nf:3:7: error: `control.tls.key`: this is an integer, not a text\n  hint: write it in quotes: \"1\"\nf:4:1: error: there is no key `control.tls.clientca`\n  hint: did you mean `client_ca`?\nf:5:23: error: `control.tls.require_certificate`: this is an integer, not true or false\n  hint: write true or false, without quotes\n"),
+    ("[control.limits]\nstreams = 0\nconnection = 1",
+     "f:2:11: error: `control.limits.streams`: 0 is out of range\n  hint: write a whole number from 1 to 1000000, without quotes\nf:3:1: error: there is no key `control.limits.connection`\n  hint: did you mean `connections`?\n"),
+    ("[[control.peer]]\nsan = \"a.example\"\npools = [\"sql\"]",
+     "f:1:1: error: `control.peer` does nothing without `control.tls`\n  hint: add [control.tls] with cert, key and client_ca, or remove it: in clear text nobody has a name\n"),
+    ("[control.tls]\ncert = \"a\"\nkey = \"b\"\nclient_ca = \"c\"\n[[control.peer]]\nsan = \"spiffe://*\"\nrole = \"root\"\npools = [\"sqll\"]\naddresses = [\"x\"]\nids = [\"a b\"]",
+     "f:6:7: error: `control.peer.san`: \"spiffe://*\" has a * elsewhere than as a DNS name's first label or after a / of a URI's path\n  hint: write \"pg1.example.com\", \"*.example.com\", \"spiffe://example/sql/pg1\" or \"spiffe://example/sql/*\"\nf:7:8: error: `control.peer.role`: there is no role \"root\"\n  hint: write \"resource\" or \"admin\"\nf:8:9: error: `control.peer.pools`: there is no pool \"sqll\"\n  hint: did you mean \"sql\"?\nf:9:13: error: `control.peer.addresses`: \"x\" is not a network\n  hint: write \"10.0.0.0/8\" or \"10.0.0.1\"\nf:10:7: error: `control.peer.ids`: \"a b\" has the character ' '; a name takes A-Z a-z 0-9 . _ : / -\n  hint: write an id, as \"pg1\", or how ids begin, as \"pg-*\"\n"),
+    ("[control.tls]\ncert = \"a\"\nkey = \"b\"\nclient_ca = \"c\"\n[[control.peer]]\nsan = \"a\"\n[[control.peer]]\nsan = \"b\"\nrole = \"admin\"\npools = [\"sql\"]",
+     "f:5:1: error: `control.peer` names no pool that it may join\n  hint: add pools = [\"sql\"], or role = \"admin\"\nf:7:1: error: `control.peer` is an administrator's, who joins nothing\n  hint: remove pools, addresses and ids, or add a second [[control.peer]] for them\n"),
+    ("[[upstream]]\nbalancer = [\"http://10.0.0.1:7400\"]\n[upstream.tls]\nca = \"ca\"\ncert = \"c\"\nserver_name = \"a b\"\ntoken = \"x\"",
+     "f:3:1: error: `upstream.tls` has one of cert and key; they go together\n  hint: add the other one\nf:3:1: error: `upstream.balancer`: http://10.0.0.1:7400 is clear text, and `upstream.tls` has certificates\n  hint: write https://HOST:PORT\nf:6:15: error: `upstream.tls.server_name`: \"a b\" is not a name\n  hint: write \"balancer.example.com\"\nf:7:1: error: there is no key `upstream.tls.token`\n  hint: there are ca, cert, key, server_name, token_file\n"),
+];
+
+#[test]
+fn what_would_let_the_wrong_ones_in_is_refused() {
+    for (lines, expected) in WRONG_SECURITY {
+        assert_eq!(&errors(&with_a_listener(lines)), expected, "{lines}");
+    }
+}
+
+#[test]
+fn security_can_be_changed() {
+    let lines = r#"
+        [control]
+        listen = "0.0.0.0:7400"
+        addresses = ["10.0.0.0/8", "192.0.2.1"]
+        [control.tls]
+        cert = "a.pem"
+        key = "a.key"
+        client_ca = "ca.pem"
+        require_certificate = true
+        [control.limits]
+        registrations_per_second = 1
+        streams = 2
+        connections = 3
+        [[control.peer]]
+        san = "*.Example.com"
+        pools = ["sql"]
+        addresses = ["2001:db8::/32"]
+        ids = ["pg-*", "one"]
+        [[control.peer]]
+        san = "spiffe://example/admin"
+        role = "admin"
+        [[upstream]]
+        balancer = ["https://10.0.0.1:7400"]
+        [upstream.tls]
+        ca = "up.pem"
+        cert = "c.pem"
+        key = "c.key"
+        server_name = "above.example.com"
+        token_file = "up.token"
+    "#;
+    let config = Config::parse(with_a_listener(lines).as_bytes()).expect("a good file");
+    assert!(!config.control.insecure, "TLS is enough beyond loopback");
+    let transport = agent::Transport {
+        ca: Some("up.pem".into()),
+        identity: Some(("c.pem".into(), "c.key".into())),
+        server_name: Some("above.example.com".into()),
+        token: agent::TokenSource::File("up.token".into()),
+    };
+    assert_eq!(config.upstreams[0].transport, transport);
+    let security = config.security;
+    let tls = control::TlsConfig {
+        cert: "a.pem".into(),
+        key: "a.key".into(),
+        client_ca: "ca.pem".into(),
+        require_certificate: true,
+    };
+    assert_eq!(security.tls, Some(tls));
+    let limits = control::PeerLimits { registrations_per_second: 1, streams: 2, connections: 3 };
+    assert_eq!(security.limits, limits);
+    let nets: Vec<_> = security.addresses.iter().map(ToString::to_string).collect();
+    assert_eq!(nets, ["10.0.0.0/8", "192.0.2.1/32"]);
+    let [resource, admin] = &security.peers[..] else { panic!("{:?}", security.peers) };
+    assert_eq!(resource.san.to_string(), "*.example.com");
+    assert_eq!((resource.role, resource.pools.len(), resource.ids.len()), (control::Role::Resource, 1, 2));
+    assert_eq!((admin.role, admin.pools.len()), (control::Role::Admin, 0));
 }

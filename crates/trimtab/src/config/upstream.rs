@@ -7,7 +7,7 @@ use std::time::Duration;
 use allocation::{PoolName, ResourceId};
 
 use super::reader::{Section, text, texts};
-use super::{ListenerConfig, or, pool_name};
+use super::{ListenerConfig, or, pool_name, security};
 use crate::cli::{parse_control, parse_id, parse_report_interval};
 use crate::problem::Problem;
 use crate::units::{ListenAddress, parse_address};
@@ -20,6 +20,8 @@ const UPSTREAMS_MAX: usize = 16;
 pub struct UpstreamConfig {
     /// Control addresses; at least one.
     pub balancers: Vec<String>,
+    /// How they are reached, and what they are shown.
+    pub transport: agent::Transport,
     /// Which of our listeners is registered there; `None`: each of them.
     pub listener: Option<ListenAddress>,
     /// The pool to join there; `None`: of the same name as the listener's.
@@ -43,6 +45,8 @@ pub(super) fn read(root: &mut Section<'_, '_>, listeners: Option<&[ListenerConfi
         let id = section.value("id", text(parse_id));
         let report_interval =
             or(section.value("report_interval", text(parse_report_interval)), Duration::from_secs(1));
+        let named = balancers.as_ref().map(|balancers| balancers.get_ref().as_slice());
+        let transport = security::read_transport(section.section("tls"), named);
         if let Some(balancers) = &balancers
             && balancers.get_ref().is_empty()
         {
@@ -74,10 +78,11 @@ pub(super) fn read(root: &mut Section<'_, '_>, listeners: Option<&[ListenerConfi
                 "name the listener: one [[upstream]] for each",
             ));
         }
-        section.finish(&["discover", "dns", "tls"]);
+        section.finish(&["discover", "dns"]);
         if let Some(balancers) = balancers {
             upstreams.push(UpstreamConfig {
                 balancers: balancers.into_inner(),
+                transport,
                 listener: listener.map(toml::Spanned::into_inner),
                 pool: pool.map(toml::Spanned::into_inner),
                 address: address.map(toml::Spanned::into_inner),
