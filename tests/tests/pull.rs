@@ -381,6 +381,13 @@ fn a_malicious_resource_is_refused_or_cut_and_disturbs_nobody() {
         let url = format!("http://{at}/{path}");
         register(&balancer, path, at, &["--script", &url, "--script-interval", "1s"]);
     }
+    // It speaks neither of these.
+    for (id, script) in [("h2", format!("orca://{at}")), ("line", format!("agent-check://{at}"))] {
+        register(&balancer, id, at, &["--script", &script]);
+        until(&format!("{id} fails"), || {
+            notes(&balancer, id).contains("failed 1 times in a row").then_some(())
+        });
+    }
     // More slow ones than may be executed at once.
     for n in 0..6 {
         let url = format!("http://{at}/slow");
