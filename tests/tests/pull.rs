@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use e2e::{
     Backend, Balancer, BalancerConfig, Ended, Exporter, Manners, MariaDb, POOL, Postgres, Process,
-    PythonOrca, Service, SqlClient, Text, ask, trimtab, until, write_whole,
+    PythonOrca, Service, SqlClient, Text, ask, trimtab, until, write_utilization, write_whole,
 };
 use serde_json::Value;
 
@@ -141,7 +141,12 @@ fn agent_check_and_all_its_words() {
     let balancer = Balancer::start(BalancerConfig::default());
     let script = format!("agent-check://{}", check.address());
     register(&balancer, "checked", check.address(), &["--script", &script, "--script-interval", "1s"]);
-    let _agent = balancer.agent("other", other.address(), &[]);
+    // Calm, whatever else runs on this machine: weights of a saturated pool are held.
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let calm = folder.path().join("calm");
+    write_utilization(&calm, 0.3);
+    let calm = calm.to_str().expect("a plain path");
+    let _agent = balancer.agent("other", other.address(), &["--utilization-file", calm]);
     until("both are there", || (balancer.ready_resources() == 2).then_some(()));
 
     let says = |line: &str, what: &str, path: &str, holds: &dyn Fn(&Value) -> bool| {
@@ -376,6 +381,13 @@ fn a_malicious_resource_is_refused_or_cut_and_disturbs_nobody() {
         let url = format!("http://{at}/{path}");
         register(&balancer, path, at, &["--script", &url, "--script-interval", "1s"]);
     }
+    // It speaks neither of these.
+    for (id, script) in [("h2", format!("orca://{at}")), ("line", format!("agent-check://{at}"))] {
+        register(&balancer, id, at, &["--script", &script]);
+        until(&format!("{id} fails"), || {
+            notes(&balancer, id).contains("failed 1 times in a row").then_some(())
+        });
+    }
     // More slow ones than may be executed at once.
     for n in 0..6 {
         let url = format!("http://{at}/slow");
@@ -403,6 +415,6 @@ fn a_malicious_resource_is_refused_or_cut_and_disturbs_nobody() {
         });
     }
     let age = number(&balancer, "good", "/report_age_seconds");
-    assert!(age < 10.0, "{age} s, after {:?}", before.1.elapsed());
+    assert!(age < 30.0, "{age} s, after {:?}", before.1.elapsed());
     assert!(pulls(&balancer, "http", "refused") >= 4.0 && pulls(&balancer, "http", "failed") >= 1.0);
 }

@@ -27,6 +27,8 @@ const NAME_BYTES_MAX: usize = 64;
 #[derive(Debug, Clone)]
 pub struct Mapping {
     lines: Vec<(Key, Expression)>,
+    /// The metrics that they look at: asked for each line of a page.
+    names: Vec<String>,
 }
 
 /// What `rate` remembers from one page to the next.
@@ -130,7 +132,14 @@ impl Mapping {
             }
             lines.push((key, Expression::parse(expression).map_err(wrong)?));
         }
-        if lines.is_empty() { Err(MappingError::Empty) } else { Ok(Self { lines }) }
+        if lines.is_empty() {
+            return Err(MappingError::Empty);
+        }
+        let mut names = Vec::new();
+        for (_, expression) in &lines {
+            collect(expression, &mut names);
+        }
+        Ok(Self { lines, names })
     }
 
     /// The document of a page that came at `at`, on any clock that does not go back. `past` is what it was at the last page.
@@ -138,10 +147,9 @@ impl Mapping {
     /// # Errors
     /// See [`PageError`].
     pub fn apply(&self, page: &[u8], at: Duration, past: &mut Past) -> Result<Document, PageError> {
-        let names = self.names();
-        let samples = prometheus::parse(page, |name| names.contains(&name))?;
+        let samples = prometheus::parse(page, |name| self.names.iter().any(|known| known == name))?;
         if samples.is_empty() {
-            let first: Vec<&str> = names.into_iter().take(3).collect();
+            let first = &self.names[..self.names.len().min(3)];
             return Err(PageError::Nothing { names: first.join(", ") });
         }
         let mut counters = Counters::new();
@@ -168,25 +176,16 @@ impl Mapping {
         if name.is_empty() {
             return rest.first().is_some_and(|first| !matches!(first, b'#' | b'\r' | b'\n' | b' ' | b'\t'));
         }
-        self.names().iter().any(|known| known.as_bytes() == name)
-    }
-
-    /// The metrics that it looks at.
-    fn names(&self) -> Vec<&str> {
-        let mut names = Vec::new();
-        for (_, expression) in &self.lines {
-            collect(expression, &mut names);
-        }
-        names
+        self.names.iter().any(|known| known.as_bytes() == name)
     }
 }
 
-fn collect<'e>(expression: &'e Expression, names: &mut Vec<&'e str>) {
+fn collect(expression: &Expression, names: &mut Vec<String>) {
     match expression {
         Expression::Number(_) => {}
         Expression::Vector(_, vector) => {
-            if !names.contains(&vector.name.as_str()) {
-                names.push(&vector.name);
+            if !names.contains(&vector.name) {
+                names.push(vector.name.clone());
             }
         }
         Expression::Binary(_, left, right) => {

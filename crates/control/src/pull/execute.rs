@@ -26,6 +26,8 @@ use super::target::TargetError;
 pub(crate) const WITHIN: Duration = Duration::from_secs(2);
 /// Largest message of an ORCA server.
 const MESSAGE_BYTES_MAX: usize = 64 * 1024;
+/// Largest set of headers of its answer.
+const HEADER_BYTES_MAX: u32 = 16 * 1024;
 /// What it may send ahead of what we have read.
 const WINDOW_BYTES: u32 = 64 * 1024;
 
@@ -205,6 +207,7 @@ async fn stream_core_metrics(
     let endpoint = Endpoint::from(uri.unwrap_or_default())
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
+        .http2_max_header_list_size(HEADER_BYTES_MAX)
         .http2_keep_alive_interval(Duration::from_secs(20))
         .keep_alive_timeout(Duration::from_secs(10));
     let channel = endpoint.connect_with_connector(connector).await;

@@ -55,6 +55,8 @@ const ASKING_MAX: usize = 4;
 const FLOWS_LOOK: Duration = Duration::from_millis(250);
 /// An ORCA server may send less often than it is asked to; gRPC's own do so every 30 s at least.
 const STREAM_PATIENCE_MIN: Duration = Duration::from_secs(35);
+/// Longest account of an execution.
+const DETAIL_CHARS_MAX: usize = 256;
 /// A stream is read no faster: the rest waits at the sender.
 const STREAM_GAP: Duration = Duration::from_millis(100);
 
@@ -558,6 +560,8 @@ impl Follower {
             Err(error) if error.is_refusal() => (PullResult::Refused, error.to_string()),
             Err(error) => (PullResult::Failed, error.to_string()),
         };
+        // A peer's own words may be in it.
+        let detail: String = detail.chars().filter(|c| !c.is_control()).take(DETAIL_CHARS_MAX).collect();
         let kind = &self.pulled.script.kind;
         let source = match kind {
             Kind::Http { .. } => PullSource::Http,
