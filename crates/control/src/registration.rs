@@ -9,7 +9,7 @@ use allocation::{ResourceId, Timestamp};
 use api::v1;
 use api::v1::registration_service_server::RegistrationService;
 use api::v1::report_response::Event;
-use registry::{DeregisterError, RegisterError, ReportError};
+use registry::{RegisterError, ReportError};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::Stream;
@@ -63,9 +63,7 @@ impl RegistrationService for Registrar {
         let (id, pool, address) =
             (registration.id().clone(), registration.pool().clone(), registration.address());
         shared.say_beneath(&id, beneath)?;
-        let registered =
-            shared.registry.register(registration, shared.clock.now()).map_err(register_refused)?;
-        shared.changed.notify_one();
+        let registered = shared.register(registration, script.as_ref().map(|(_, wire)| wire)).await?;
         if registered.created {
             shared.metrics.registered();
             tracing::info!(resource = %id, %pool, %address, "registered");
@@ -113,13 +111,9 @@ impl RegistrationService for Registrar {
         let request = request.into_inner();
         let id = parse::resource_id(&request.id).map_err(invalid)?;
         self.shared.reserved.refuse(&id)?;
-        let removed =
-            self.shared.registry.deregister(&id, request.incarnation).map_err(|error| match error {
-                DeregisterError::OlderIncarnation { .. } => Status::aborted(error.to_string()),
-            })?;
+        let removed = self.shared.deregister(&id, request.incarnation).await?;
         if removed {
             self.shared.puller.forget(&self.shared.registry, &id);
-            self.shared.changed.notify_one();
             tracing::info!(resource = %id, "deregistered");
         }
         Ok(Response::new(v1::DeregisterResponse { removed }))
@@ -206,8 +200,7 @@ impl Reports<'_> {
         if !(beneath.is_empty() && self.shared.beneath.is_empty()) {
             self.shared.say_beneath(id, beneath).inspect_err(|_| {
                 // It would get flows for as long as its lease lasts.
-                let _ = registry.deregister(id, incarnation);
-                changed.notify_one();
+                self.shared.remove(id, incarnation, "a balancer beneath it is above us");
             })?;
         }
         if !request.notices_taken.is_empty() {
@@ -308,7 +301,7 @@ pub(crate) fn invalid(error: MessageError) -> Status {
     Status::invalid_argument(error.to_string())
 }
 
-fn register_refused(error: RegisterError) -> Status {
+pub(crate) fn register_refused(error: RegisterError) -> Status {
     let message = error.to_string();
     match error {
         RegisterError::UnknownPool { .. } => Status::failed_precondition(message),

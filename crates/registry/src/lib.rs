@@ -22,6 +22,7 @@ pub mod criteria;
 pub mod history;
 mod labels;
 mod offer;
+mod memory;
 mod past;
 pub mod policy;
 mod pool;
@@ -36,9 +37,10 @@ pub mod versions;
 
 pub use config::{CRITERIA_MAX, Config, ConfigError, Knobs, Limits, PoolConfig, TABLES_MAX};
 pub use criteria::{Criterion, CriterionError, Direction, Footprint};
-pub use history::{Aggregate, Answer, History};
+pub use history::{Aggregate, Answer, Chunk, History};
 pub use labels::{LABEL_BYTES_MAX, LabelsError, effective_labels, parse_labels};
 pub use offer::Offer;
+pub use memory::{Estimates, Kept, Remembered, Unconfirmed, VersionShareNow};
 pub use registration::{RawRegistration, Registration, RegistrationError};
 pub use registry::{
     CapabilityError, DeregisterError, ProbeTargets, Readiness, Rebuilt, RegisterError, Registered, Registry,
