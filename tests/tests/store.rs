@@ -150,7 +150,6 @@ fn killed_in_the_middle_of_registrations_twenty_times_it_forgets_none_that_was_a
     let (mut rates, mut starts) = (Vec::new(), Vec::new());
     for round in 0..ROUNDS {
         let what = Arc::new(Round::default());
-        let began = Instant::now();
         runtime.block_on(async {
             for connection in 0..CONNECTIONS {
                 let channel = Channel::from_shared(control.clone()).expect("a URI").connect().await;
@@ -158,6 +157,7 @@ fn killed_in_the_middle_of_registrations_twenty_times_it_forgets_none_that_was_a
                 tokio::spawn(register_until_killed(channel, connection, round, address, Arc::clone(&what)));
             }
         });
+        let began = Instant::now();
         // Another moment each time: early and late in what the disk does.
         let enough = 100 + 37 * round as u64 % 400;
         until("registrations are acknowledged", || (what.count.load(Relaxed) >= enough).then_some(()));

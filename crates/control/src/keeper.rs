@@ -74,7 +74,6 @@ impl Keeper {
     }
 
     /// For whatever else is kept: notices, tokens.
-    #[expect(dead_code, reason = "notices and tokens are kept through it")]
     pub(crate) fn writer(&self) -> &Writer {
         &self.writer
     }
@@ -137,6 +136,10 @@ impl Keeper {
 }
 
 impl State {
+    fn is_forgetting(&self, id: &ResourceId) -> bool {
+        self.forgetting.contains(id) || self.deleting.iter().any(|(other, _)| other == id)
+    }
+
     fn forget_later(&mut self, id: ResourceId) {
         if self.forgetting.len() < FORGETTING_MAX {
             self.forgetting.insert(id);
@@ -224,6 +227,9 @@ impl Shared {
             let mut state = keeper.state();
             let removed = self.registry.deregister(id, incarnation).map_err(refused)?;
             state.unsure.remove(id);
+            if !removed && !state.is_forgetting(id) {
+                return Ok(false);
+            }
             let event = removed.then(|| keeper.event(EventKind::Deregistered, Some(id), None, String::new()));
             (removed, keeper.delete(id, event))
         };
@@ -399,7 +405,7 @@ pub(crate) async fn finish(shared: &Shared) {
     keep(shared, keeper).await;
     // History is written after all that was asked for before; the second transaction begins when the first is over.
     for _ in 0..2 {
-        if let Err(error) = written(keeper.writer.run(|_| Ok(()))).await {
+        if let Err(error) = written(keeper.writer().run(|_| Ok(()))).await {
             tracing::warn!(%error, "what was reported last is not kept");
             return;
         }
@@ -418,12 +424,12 @@ async fn keep(shared: &Shared, keeper: &Keeper) {
                 let labels = news.iter().filter_map(|kept| Some((kept, kept.labels.clone()?)));
                 for (kept, labels) in labels {
                     let (id, incarnation) = (kept.id.to_string(), kept.incarnation);
-                    drop(keeper.writer.run(move |tables| tables.set_labels(&id, incarnation, &labels)));
+                    drop(keeper.writer().run(move |tables| tables.set_labels(&id, incarnation, &labels)));
                 }
                 let batch: Vec<store::Kept> =
                     news.into_iter().map(|kept| reported(kept, keeper.clock)).collect();
                 if !batch.is_empty() {
-                    keeper.writer.keep(batch);
+                    keeper.writer().keep(batch);
                 }
             }
             from += SLICE;
@@ -434,7 +440,7 @@ async fn keep(shared: &Shared, keeper: &Keeper) {
 
 fn prune(keeper: &Keeper) {
     let now_ms = keeper.clock.unix_ms(keeper.clock.now());
-    drop(keeper.writer.run(move |tables| {
+    drop(keeper.writer().run(move |tables| {
         for (tier_ms, reach_ms) in Chunk::tiers() {
             tables.prune_history(tier_ms, now_ms.saturating_sub(reach_ms + STRETCH_MAX * tier_ms))?;
         }

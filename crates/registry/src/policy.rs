@@ -81,6 +81,8 @@ const RATE_MIN: f64 = 1e-6;
 const OPENED_RATE_MIN: f32 = 1.0;
 /// How fast `utilization` moves weights: the part of the difference in a second.
 const EVEN_OUT_PER_SECOND: f32 = 0.15;
+/// No weight is farther from the mean, whatever a file says: registered weights are within a factor of a million.
+const RESTORED_LOG2_MAX: f32 = 20.0;
 /// log2 distance from its target at which a weight has arrived: 1 %.
 const ARRIVED: f32 = 0.0144;
 
@@ -227,7 +229,7 @@ impl Estimator {
         };
         row.carries_operations = estimates.operations.is_some();
         if estimates.log_weight.is_finite() {
-            row.log_weight = estimates.log_weight.clamp(-WEIGHT_RANGE_LOG2, WEIGHT_RANGE_LOG2);
+            row.log_weight = estimates.log_weight.clamp(-RESTORED_LOG2_MAX, RESTORED_LOG2_MAX);
         }
         row.fresh_until = 1;
         estimator.write(error_penalty, row);

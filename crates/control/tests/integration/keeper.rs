@@ -1,12 +1,17 @@
 //! What is kept: when it is acknowledged, what happens where it cannot be.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use api::v1::{DeregisterRequest, DrainRequest, ListResourcesRequest, SetCapabilitiesRequest};
+use api::orca::OrcaLoadReport;
+use api::v1::{
+    DeregisterRequest, DrainRequest, Labels, ListResourcesRequest, Readiness, ReportRequest,
+    SetCapabilitiesRequest,
+};
 use store::Store;
 use tonic::Code;
 
-use crate::harness::{Reporter, Running, register_request};
+use crate::harness::{PATIENCE, Reporter, Running, register_request};
 
 fn path(folder: &tempfile::TempDir) -> PathBuf {
     folder.path().join("trimtab.db")
@@ -59,6 +64,40 @@ async fn what_was_acknowledged_is_in_the_file() {
 
     client.deregister(DeregisterRequest { id: "pg1".into(), incarnation: 1 }).await.unwrap();
     assert_eq!(stored(&path).resources.len(), 1);
+}
+
+#[tokio::test]
+async fn what_is_reported_is_kept_within_a_second() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = path(&folder);
+    let running = Running::start_with(|config| config.store = Some(Store::open(&path).unwrap())).await;
+    let mut client = running.registration().await;
+    client.register(register_request("pg1", 1)).await.unwrap();
+    let mut reporter = Reporter::open(&mut client, "pg1", 1).await;
+    let labels = Labels { entries: [("role".to_owned(), "writer".to_owned())].into() };
+    let report = ReportRequest {
+        id: "pg1".into(),
+        incarnation: 1,
+        sequence: 1,
+        readiness: Readiness::NotReady.into(),
+        utilization: Some(OrcaLoadReport { cpu_utilization: 0.5, ..OrcaLoadReport::default() }),
+        labels: Some(labels),
+        ..ReportRequest::default()
+    };
+    reporter.send_raw(report).await;
+    assert_eq!(reporter.ack().await.refused, "");
+    let deadline = Instant::now() + PATIENCE;
+    let kept = loop {
+        let kept = stored(&path).resources.remove(0);
+        if kept.estimates.is_some() {
+            break kept;
+        }
+        assert!(Instant::now() < deadline, "{kept:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert_eq!(kept.resource.labels["role"], "writer");
+    assert!(!kept.ready && kept.history.len() == 1, "{kept:?}");
+    assert_eq!(kept.estimates.unwrap().utilization, 0.5);
 }
 
 #[tokio::test]
