@@ -175,7 +175,8 @@ impl Shared {
             return Ok(registered);
         };
         let id = registration.id().clone();
-        let (incarnation, row) = (registration.incarnation(), row(&registration, script, self.clock.unix_ms(now)));
+        let (incarnation, row) =
+            (registration.incarnation(), row(&registration, script, self.clock.unix_ms(now)));
         let (registered, pending) = {
             let mut state = keeper.state();
             let (pool, address) = (registration.pool().clone(), registration.address());
@@ -468,7 +469,11 @@ fn reported(kept: registry::Kept, clock: Clock) -> store::Kept {
     }
 }
 
-fn row(registration: &Registration, script: Option<&UtilizationScript>, registered_ms: u64) -> store::Resource {
+fn row(
+    registration: &Registration,
+    script: Option<&UtilizationScript>,
+    registered_ms: u64,
+) -> store::Resource {
     let utilization =
         script.map(|wire| Script { kind: ScriptKind::Utilization, specification: wire.encode_to_vec() });
     let notification = registration

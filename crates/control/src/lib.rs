@@ -360,7 +360,11 @@ impl Control {
             .map(|of| tokio::spawn(provider::run(Arc::clone(&shared), of)))
             .collect();
         let served = grpc::serve(self.grpc, Arc::clone(&shared)).await;
-        for task in [http, prober, leave, maintenance, webhook, keeping, remembering].into_iter().chain(log).chain(providers) {
+        for task in [http, prober, leave, maintenance, webhook, keeping, remembering]
+            .into_iter()
+            .chain(log)
+            .chain(providers)
+        {
             task.abort();
         }
         keeper::finish(&shared).await;

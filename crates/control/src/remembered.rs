@@ -122,7 +122,8 @@ fn restore_resource(
 ) -> Result<Option<Followed>, String> {
     let store::Remembered { resource, ready, drained, estimates, history } = remembered;
     // What was let in by its message is let in by it again, or not at all.
-    let (registration, script) = parse::registration(request(resource)?).map_err(|error| error.to_string())?;
+    let (registration, script) =
+        parse::registration(request(resource)?).map_err(|error| error.to_string())?;
     let followed = script.map(|(script, wire)| (registration.clone(), script, wire));
     let id = registration.id().clone();
     let estimates = estimates.map(|estimates| registry::Estimates {
@@ -188,7 +189,9 @@ pub(crate) fn follow(shared: &Arc<Shared>, all: Vec<Followed>) {
                 let shared = Arc::clone(shared);
                 async move { Puller::follow(&shared, registration, Some((script, wire))).await }
             })),
-            Err(error) => tracing::warn!(resource = %id, %error, "its utilization script is not followed again"),
+            Err(error) => {
+                tracing::warn!(resource = %id, %error, "its utilization script is not followed again")
+            }
         }
     }
 }

@@ -21,8 +21,8 @@ mod config;
 pub mod criteria;
 pub mod history;
 mod labels;
-mod offer;
 mod memory;
+mod offer;
 mod past;
 pub mod policy;
 mod pool;
@@ -39,8 +39,8 @@ pub use config::{CRITERIA_MAX, Config, ConfigError, Knobs, Limits, PoolConfig, T
 pub use criteria::{Criterion, CriterionError, Direction, Footprint};
 pub use history::{Aggregate, Answer, Chunk, History};
 pub use labels::{LABEL_BYTES_MAX, LabelsError, effective_labels, parse_labels};
-pub use offer::Offer;
 pub use memory::{Estimates, Kept, Remembered, Unconfirmed, VersionShareNow};
+pub use offer::Offer;
 pub use registration::{RawRegistration, Registration, RegistrationError};
 pub use registry::{
     CapabilityError, DeregisterError, ProbeTargets, Readiness, Rebuilt, RegisterError, Registered, Registry,

@@ -63,10 +63,7 @@ fn resource(id: &str, incarnation: u64) -> Resource {
         address: "10.0.0.1:5432".into(),
         probe_address: Some("10.0.0.1:9".into()),
         labels: BTreeMap::from([("role".into(), "writer".into())]),
-        scripts: vec![Script {
-            kind: ScriptKind::Utilization,
-            specification: b"http://10.0.0.1/".to_vec(),
-        }],
+        scripts: vec![Script { kind: ScriptKind::Utilization, specification: b"http://10.0.0.1/".to_vec() }],
         registered_ms: 1_700_000_000_000,
     }
 }
