@@ -102,8 +102,8 @@ fn agents_register_with_the_alternative_before_the_balancer_is_away_and_leave_it
 fn a_balancer_that_is_told_to_stop_names_who_stands_in() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let second = Balancer::start(BalancerConfig::default());
-    let mut config = BalancerConfig::default();
-    config.further = format!("[notices]\nalternatives = [\"{}\"]\n", url(&second));
+    let further = format!("[notices]\nalternatives = [\"{}\"]\n", url(&second));
+    let config = BalancerConfig { further, ..BalancerConfig::default() };
     let mut first = Balancer::start(config);
     let service = Service::start("one", Manners::Good);
     let agent = agent(&first, &service, &listening(folder.path(), "one"));
@@ -243,8 +243,8 @@ impl Hook {
 fn notices_are_posted_as_cloudevents_until_one_is_taken() {
     let hook = Hook::start(&["503 Busy", "302 Elsewhere", "204 Taken"]);
     let service = Service::start("one", Manners::Good);
-    let mut config = BalancerConfig::default();
-    config.control_pull = format!("allow = [\"{}\"]", hook.address.ip());
+    let control_pull = format!("allow = [\"{}\"]", hook.address.ip());
+    let config = BalancerConfig { control_pull, ..BalancerConfig::default() };
     let balancer = Balancer::start(config);
     let script = format!("http://{}/notices?key=secret", hook.address);
     let agent = balancer.agent("one", service.address(), &["--notify-url", &script]);
@@ -285,8 +285,8 @@ fn notices_are_posted_as_cloudevents_until_one_is_taken() {
 fn a_hook_where_no_script_may_point_hears_nothing() {
     let hook = Hook::start(&["202 Taken"]);
     let numbers = e2e::Text::http(r#"{"cpu": 0.3}"#);
-    let mut config = BalancerConfig::default();
-    config.control_pull = format!("allow = [\"{}\"]", numbers.address().ip());
+    let control_pull = format!("allow = [\"{}\"]", numbers.address().ip());
+    let config = BalancerConfig { control_pull, ..BalancerConfig::default() };
     let balancer = Balancer::start(config);
     let service = Service::start("lone", Manners::Good);
     let control = url(&balancer);

@@ -139,6 +139,7 @@ fn serve(
         pull: control::PullConfig::default(),
         providers: Vec::new(),
         dns: Default::default(),
+        store: None,
     };
     runtime.block_on(async {
         let control = Control::bind(config).await?;

@@ -86,6 +86,8 @@ pub enum LeftOut {
     Draining,
     /// It says itself that it is not ready.
     NotReady,
+    /// It is remembered from before a restart, and has not answered yet.
+    Unproven,
     /// Its lease is over.
     Expired,
     /// It does not meet what the flows of this table require.
@@ -102,6 +104,7 @@ impl fmt::Display for LeftOut {
             Self::Not => "it is considered",
             Self::Draining => "an operator drains it",
             Self::NotReady => "it reports that it is not ready",
+            Self::Unproven => "it is remembered from before the restart and has not answered yet",
             Self::Expired => "its lease is over: no report came in time",
             Self::Requirement => "it does not meet the requirement",
             Self::OtherVersion => "it is of another version",

@@ -26,11 +26,9 @@ impl Admin {
         Self { shared }
     }
 
-    fn set_drained(&self, id: &ResourceId, drained: bool) -> Result<u32, Status> {
-        let registry = &self.shared.registry;
-        let set = if drained { registry.drain(id) } else { registry.ready(id) };
+    async fn set_drained(&self, id: &ResourceId, drained: bool) -> Result<u32, Status> {
+        let set = self.shared.set_drained(id, drained).await?;
         let flows_open = set.map_err(|error: UnknownResource| Status::not_found(error.to_string()))?;
-        self.shared.changed.notify_one();
         tracing::info!(resource = %id, drained, flows_open, "an operator changed whether it gets new flows");
         Ok(flows_open)
     }
@@ -90,13 +88,13 @@ impl AdminService for Admin {
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         let id = parse::resource_id(&request.into_inner().id).map_err(invalid)?;
-        let flows_open = u64::from(self.set_drained(&id, true)?);
+        let flows_open = u64::from(self.set_drained(&id, true).await?);
         Ok(Response::new(v1::DrainResponse { flows_open }))
     }
 
     async fn ready(&self, request: Request<v1::ReadyRequest>) -> Result<Response<v1::ReadyResponse>, Status> {
         let id = parse::resource_id(&request.into_inner().id).map_err(invalid)?;
-        self.set_drained(&id, false)?;
+        self.set_drained(&id, false).await?;
         Ok(Response::new(v1::ReadyResponse {}))
     }
 
@@ -116,9 +114,8 @@ impl AdminService for Admin {
         let id = parse::resource_id(&request.id).map_err(invalid)?;
         let labels = registry::parse_labels(request.labels.into_iter().collect())
             .map_err(|error| invalid(MessageError::Labels(error)))?;
-        let set = self.shared.registry.set_capabilities(&id, &labels, &request.remove);
+        let set = self.shared.set_capabilities(&id, &labels, &request.remove).await?;
         let (labels, joined) = set.map_err(|error| Status::resource_exhausted(error.to_string()))?;
-        self.shared.changed.notify_one();
         tracing::info!(resource = %id, ?labels, joined, "an operator set capabilities");
         Ok(Response::new(v1::SetCapabilitiesResponse { labels: labels.into_iter().collect(), joined }))
     }
@@ -162,13 +159,12 @@ impl AdminService for Admin {
     ) -> Result<Response<v1::SetVersionShareResponse>, Status> {
         let v1::SetVersionShareRequest { pool, version, share } = request.into_inner();
         let name = parse::pool_name(&pool).map_err(invalid)?;
-        let set = self.shared.registry.set_version_share(&name, &version, share as f32);
+        let set = self.shared.set_version_share(&name, &version, share as f32).await?;
         set.map_err(|error| match error {
             ShareError::UnknownPool(error) => unknown_pool(error),
             ShareError::NotSplit => Status::failed_precondition(error.to_string()),
             ShareError::Split(_) => Status::invalid_argument(error.to_string()),
         })?;
-        self.shared.changed.notify_one();
         tracing::info!(pool = %name, version, share, "an operator set a version's share of new flows");
         Ok(Response::new(v1::SetVersionShareResponse {}))
     }

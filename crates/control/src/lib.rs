@@ -23,6 +23,7 @@ mod explain;
 mod grpc;
 mod guarded;
 mod http;
+mod keeper;
 mod metrics;
 mod notices;
 mod offers;
@@ -31,6 +32,7 @@ mod prober;
 mod provider;
 mod pull;
 mod registration;
+mod remembered;
 mod security;
 mod tick;
 mod token_calls;
@@ -142,6 +144,8 @@ pub struct ControlConfig {
     pub providers: Vec<ProviderConfig>,
     /// How publishing in DNS goes, to show it.
     pub dns: discovery::Statuses,
+    /// What outlives this process; `None`: nothing does.
+    pub store: Option<store::Store>,
 }
 
 /// Why control cannot start: the operator's to mend.
@@ -184,6 +188,12 @@ pub enum StartError {
         /// What the kernel said.
         source: std::io::Error,
     },
+    /// The store cannot be read.
+    #[error(transparent)]
+    Store(#[from] store::OpenError),
+    /// The kernel gives no thread for the store.
+    #[error("the thread that writes the store cannot be started: {0}")]
+    StoreThread(std::io::Error),
 }
 
 fn bind_hint(error: &std::io::Error) -> &'static str {
@@ -230,6 +240,8 @@ struct Shared {
     /// Ids that agents may not use.
     reserved: provider::Reserved,
     dns: discovery::Statuses,
+    /// What is told to the store, if there is one.
+    keeper: Option<keeper::Keeper>,
 }
 
 /// Control with its sockets bound, before it serves.
@@ -244,6 +256,10 @@ pub struct Control {
     decision_log: Option<decision_log::Writer>,
     offers: Option<oneshot::Sender<Offers>>,
     fetch_tls: fetch::Tls,
+    clock: Clock,
+    keeper: Option<keeper::Keeper>,
+    /// Utilization scripts from before a restart.
+    followed: Vec<remembered::Followed>,
 }
 
 impl std::fmt::Debug for Control {
@@ -253,11 +269,11 @@ impl std::fmt::Debug for Control {
 }
 
 impl Control {
-    /// Binds both sockets.
+    /// Binds both sockets, and takes back what the store remembers: who answers is in the published tables then.
     ///
     /// # Errors
     /// See [`StartError`]; nothing stays bound then.
-    pub async fn bind(config: ControlConfig) -> Result<Self, StartError> {
+    pub async fn bind(mut config: ControlConfig) -> Result<Self, StartError> {
         if !config.listen.ip().to_canonical().is_loopback() && config.security.tls.is_none() {
             if !config.insecure {
                 return Err(StartError::Insecure { address: config.listen });
@@ -278,10 +294,17 @@ impl Control {
             pools: config.pools.iter().map(|pool| pool.config.clone()).collect(),
             limits: config.limits,
         })?;
+        let clock = Clock::new(config.origin);
+        let registry = registry.with_origin(clock.began());
         let decision_log = config.decision_log.clone().map(decision_log::Writer::open).transpose()?;
         let fetch_tls = config.pull.ca.as_deref().map(fetch::Tls::with_ca).transpose()?.unwrap_or_default();
         let (grpc, grpc_address) = bind("control.listen", config.listen).await?;
         let (http, http_address) = bind("http.listen", config.http).await?;
+        let remembered = match config.store.take() {
+            Some(store) => Some(remembered::restore(store, &registry, &config.pools, clock).await?),
+            None => None,
+        };
+        let (keeper, followed) = remembered.unzip();
         Ok(Self {
             config,
             registry,
@@ -293,6 +316,9 @@ impl Control {
             decision_log,
             offers: None,
             fetch_tls,
+            clock,
+            keeper,
+            followed: followed.unwrap_or_default(),
         })
     }
 
@@ -324,7 +350,7 @@ impl Control {
     /// See [`RunError`].
     pub async fn run(self, phase: watch::Receiver<Phase>) -> Result<(), RunError> {
         let config = self.config;
-        let clock = Clock::new(config.origin);
+        let clock = self.clock;
         let shared = Arc::new(Shared {
             registry: self.registry,
             security: Arc::new(Security::new(config.security, self.tls, clock)),
@@ -341,6 +367,7 @@ impl Control {
             phase: phase.clone(),
             reserved: provider::Reserved::of(&config.providers),
             dns: config.dns,
+            keeper: self.keeper,
         });
         tick::start(Arc::clone(&shared))?;
         if let Some(offers) = self.offers {
@@ -354,15 +381,23 @@ impl Control {
         let prober = tokio::spawn(prober::run(Arc::clone(&shared)));
         let log =
             self.decision_log.map(|writer| tokio::spawn(decision_log::run(writer, Arc::clone(&shared))));
+        let keeping = tokio::spawn(keeper::run(Arc::clone(&shared)));
+        let remembering = tokio::spawn(remembered::run(Arc::clone(&shared)));
+        remembered::follow(&shared, self.followed);
         let providers: Vec<_> = config
             .providers
             .into_iter()
             .map(|of| tokio::spawn(provider::run(Arc::clone(&shared), of)))
             .collect();
-        let served = grpc::serve(self.grpc, shared).await;
-        for task in [http, prober, leave, maintenance, webhook].into_iter().chain(log).chain(providers) {
+        let served = grpc::serve(self.grpc, Arc::clone(&shared)).await;
+        for task in [http, prober, leave, maintenance, webhook, keeping, remembering]
+            .into_iter()
+            .chain(log)
+            .chain(providers)
+        {
             task.abort();
         }
+        keeper::finish(&shared).await;
         served
     }
 }

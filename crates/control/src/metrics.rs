@@ -194,6 +194,9 @@ impl Metrics {
         write_histograms(&mut text, &listeners);
         write_resources(&mut text, &resources);
         crate::dns::write(&mut text, &shared.dns.now());
+        if let Some(keeper) = &shared.keeper {
+            write_store(&mut text, &keeper.stats());
+        }
         write_process(&mut text);
         let mut page = self.handle.render();
         page.push_str(&text.into_string());
@@ -397,6 +400,47 @@ fn write_versions(text: &mut Text, shared: &Shared, now: allocation::Timestamp) 
                 text.sample(family.name, &labels, (family.value)(version));
             }
         }
+    }
+}
+
+fn write_store(text: &mut Text, stats: &store::Stats) {
+    let families: [(&str, &str, &str, f64); 5] = [
+        (
+            "trimtab_store_commits_total",
+            "counter",
+            "Transactions that are on the disk.",
+            stats.commits as f64,
+        ),
+        (
+            "trimtab_store_commit_seconds_total",
+            "counter",
+            "Time that transactions took, those that failed included.",
+            stats.commit_micros as f64 * 1e-6,
+        ),
+        (
+            "trimtab_store_history_dropped_total",
+            "counter",
+            "Batches of history that were not kept, because the disk is slow, full or broken.",
+            stats.history_dropped as f64,
+        ),
+        ("trimtab_store_waiting", "gauge", "Changes that wait to be written.", stats.waiting as f64),
+        (
+            "trimtab_store_failing",
+            "gauge",
+            "Whether the newest transaction failed: registrations are refused.",
+            f64::from(u8::from(stats.failing)),
+        ),
+    ];
+    for (name, kind, help, value) in families {
+        text.family(name, kind, help);
+        text.sample(name, &[], value);
+    }
+    let changes = "trimtab_store_changes_total";
+    text.family(changes, "counter", "Changes that were asked of the store, by what became of them.");
+    for (result, count) in
+        [("written", stats.changes), ("failed", stats.changes_failed), ("refused", stats.changes_refused)]
+    {
+        text.sample(changes, &[("result", result)], count as f64);
     }
 }
 

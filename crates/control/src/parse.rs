@@ -133,6 +133,7 @@ pub(crate) fn state(state: ResourceState) -> v1::ResourceState {
         ResourceState::Draining => v1::ResourceState::Draining,
         ResourceState::NotReady => v1::ResourceState::NotReady,
         ResourceState::Down => v1::ResourceState::Down,
+        ResourceState::Remembered => v1::ResourceState::Remembered,
     }
 }
 

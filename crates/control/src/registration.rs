@@ -68,12 +68,10 @@ impl RegistrationService for Registrar {
         let (id, pool, address) =
             (registration.id().clone(), registration.pool().clone(), registration.address());
         shared.say_beneath(&id, beneath)?;
-        let registered = shared
-            .registry
-            .register(registration, shared.clock.now())
-            .map_err(|error| register_refused(shared, &caller, error))?;
+        let refused = |error| register_refused(shared, &caller, error);
+        let registered =
+            shared.register(registration, script.as_ref().map(|(_, wire)| wire), refused).await?;
         joining.joined();
-        shared.changed.notify_one();
         if registered.created {
             shared.metrics.registered();
             tracing::info!(resource = %id, %pool, %address, "registered");
@@ -127,20 +125,16 @@ impl RegistrationService for Registrar {
         let id = parse::resource_id(&request.id).map_err(invalid)?;
         self.shared.reserved.refuse(&id)?;
         let shared = &self.shared;
-        let removed = shared.registry.deregister_by(
-            caller.ends(&id, &shared.registry).as_ref(),
-            &id,
-            request.incarnation,
-        );
-        let removed = removed.map_err(|error| match error {
+        let owner = caller.ends(&id, &shared.registry);
+        let refused = |error| match error {
             DeregisterError::OlderIncarnation { .. } => Status::aborted(error.to_string()),
             DeregisterError::OtherOwner { .. } => {
                 shared.security.refuse(&caller, &Refusal::new(Reason::Id, error.to_string()))
             }
-        })?;
+        };
+        let removed = shared.deregister(owner.as_ref(), &id, request.incarnation, refused).await?;
         if removed {
             self.shared.puller.forget(&self.shared.registry, &id);
-            self.shared.changed.notify_one();
             tracing::info!(resource = %id, "deregistered");
         }
         Ok(Response::new(v1::DeregisterResponse { removed }))
@@ -241,8 +235,7 @@ impl Reports<'_> {
         if !(beneath.is_empty() && self.shared.beneath.is_empty()) {
             self.shared.say_beneath(id, beneath).inspect_err(|_| {
                 // It would get flows for as long as its lease lasts.
-                let _ = registry.deregister_by(self.caller.owner().as_ref(), id, incarnation);
-                changed.notify_one();
+                self.shared.remove(id, incarnation, "a balancer beneath it is above us");
             })?;
         }
         if !request.notices_taken.is_empty() {

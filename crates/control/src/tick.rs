@@ -41,7 +41,7 @@ async fn run(shared: Arc<Shared>) {
 
 fn step(shared: &Shared) {
     let now = shared.clock.now();
-    for gone in shared.registry.expire(now) {
+    for gone in shared.expire(now) {
         tracing::warn!(
             resource = %gone.id(), pool = %gone.pool(), lease = ?gone.lease(),
             "no report within the lease: the resource gets no new flows until it registers again"
@@ -58,5 +58,6 @@ fn step(shared: &Shared) {
     for (pool, version, why) in shared.registry.take_aborts() {
         tracing::warn!(%pool, version, why, "the version is worse than the baseline: it gets no new flows");
         shared.metrics.version_aborted();
+        shared.keep_abort(&pool, &version, &why);
     }
 }

@@ -18,8 +18,8 @@ const ROUNDS: usize = 400;
 
 fn main() {
     println!(
-        "{:>10} {:>10} {:>10} {:>10} {:>10}",
-        "resources", "least us", "median us", "p90 us", "report ns"
+        "{:>10} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10}",
+        "resources", "least us", "median us", "p90 us", "report ns", "keep us", "slice us"
     );
     for count in [100, 1_000, 10_000] {
         let registry = registry_of(count);
@@ -45,8 +45,36 @@ fn main() {
         let micros = |d: Duration| d.as_secs_f64() * 1e6;
         let at = |part: usize| micros(rebuilds[(ROUNDS - 1) * part / 100]);
         let report = micros(reports[ROUNDS / 2]) * 1e3;
-        println!("{count:>10} {:>10.1} {:>10.1} {:>10.1} {report:>10.0}", at(0), at(50), at(90));
+        let [all, slice] = keep(&registry, count).map(micros);
+        let (least, median, p90) = (at(0), at(50), at(90));
+        println!(
+            "{count:>10} {least:>10.1} {median:>10.1} {p90:>10.1} {report:>10.0} {all:>10.0} {slice:>10.1}"
+        );
     }
+}
+
+/// What a store is given once all have reported; and the longest look at 128 of them, in which their pool is locked.
+fn keep(registry: &Registry, count: usize) -> [Duration; 2] {
+    for second in 0..10 {
+        let now = Timestamp::from_millis(20_000 + 1_000 * second);
+        (0..count).for_each(|n| drop(registry.report(report(n, 1), now)));
+        if second < 9 {
+            let _ = take(registry);
+        }
+    }
+    take(registry)
+}
+
+fn take(registry: &Registry) -> [Duration; 2] {
+    let (began, mut longest) = (Instant::now(), Duration::ZERO);
+    for from in (0..).step_by(128) {
+        let start = Instant::now();
+        if black_box(registry.take_kept(0, from, 128)).is_none() {
+            break;
+        }
+        longest = longest.max(start.elapsed());
+    }
+    [began.elapsed(), longest]
 }
 
 fn registry_of(count: usize) -> Registry {

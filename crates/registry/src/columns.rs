@@ -40,7 +40,7 @@ macro_rules! columns {
 }
 
 columns! {
-    /// Whether it may get flows while its lease lasts: what [`Columns::decide`] made of the next three.
+    /// Whether it may get flows while its lease lasts: what [`Columns::decide`] made of the next five.
     wanted: bool,
     /// False: nobody has the slot.
     occupied: bool,
@@ -48,6 +48,10 @@ columns! {
     ready: bool,
     /// By an operator.
     drained: bool,
+    /// It is from before a restart, and has said nothing since.
+    remembered: bool,
+    /// If so: it answers when it is connected to.
+    answers: bool,
     /// It has reported a rate of operations, now or before.
     carries_operations: bool,
     /// Which of the pool's tables it may be in, by the requirements it meets: a bit each. Bit 0 is the pool's own.
@@ -97,7 +101,13 @@ impl Columns {
     /// Says again whether the slot's resource may get flows.
     pub(crate) fn decide(&mut self, slot: usize) {
         let meets = self.tables[slot] & 1 == 1;
-        self.wanted[slot] = self.occupied[slot] && self.ready[slot] && !self.drained[slot] && meets;
+        let there = self.occupied[slot] && !self.is_unproven(slot);
+        self.wanted[slot] = there && self.ready[slot] && !self.drained[slot] && meets;
+    }
+
+    /// Whether nobody knows if it is still there.
+    pub(crate) fn is_unproven(&self, slot: usize) -> bool {
+        self.remembered[slot] && !self.answers[slot]
     }
 
     /// Why the slot's resource is left out of a table, if it is.
@@ -106,6 +116,8 @@ impl Columns {
             LeftOut::Draining
         } else if !self.ready[slot] {
             LeftOut::NotReady
+        } else if self.is_unproven(slot) {
+            LeftOut::Unproven
         } else if self.lease_until[slot] <= now {
             LeftOut::Expired
         } else if self.tables[slot] >> table & self.tables[slot] & 1 == 0 {

@@ -18,6 +18,10 @@ use std::time::Duration;
 
 use allocation::Timestamp;
 
+mod chunk;
+
+pub use chunk::Chunk;
+
 /// Most dimensions of one resource that have a history.
 pub const DIMENSIONS_MAX: usize = 24;
 /// The longest window there is an answer for; a longer one is answered for this one.
@@ -101,13 +105,15 @@ pub struct History {
     holds_for: Duration,
     /// Sorted by name.
     series: Vec<Series>,
+    /// The bucket of each tier from which on stretches are to be given again.
+    given: [u64; 3],
 }
 
 impl History {
     /// Nothing yet. `holds_for`: how long a resource may be silent before its last sample no longer stands for it; that
     /// is [`crate::Registration::stale_after`].
     pub fn new(holds_for: Duration) -> Self {
-        Self { holds_for, series: Vec::new() }
+        Self { holds_for, series: Vec::new(), given: [0; 3] }
     }
 
     /// Amends how long a sample holds from now on.

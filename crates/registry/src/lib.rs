@@ -21,6 +21,7 @@ mod config;
 pub mod criteria;
 pub mod history;
 mod labels;
+mod memory;
 mod offer;
 mod past;
 pub mod policy;
@@ -36,8 +37,9 @@ pub mod versions;
 
 pub use config::{CRITERIA_MAX, Config, ConfigError, Knobs, Limits, PoolConfig, TABLES_MAX};
 pub use criteria::{Criterion, CriterionError, Direction, Footprint};
-pub use history::{Aggregate, Answer, History};
+pub use history::{Aggregate, Answer, Chunk, History};
 pub use labels::{LABEL_BYTES_MAX, LabelsError, effective_labels, parse_labels};
+pub use memory::{Estimates, Kept, Remembered, Unconfirmed, VersionShareNow};
 pub use offer::Offer;
 pub use registration::{Owner, RawRegistration, Registration, RegistrationError};
 pub use registry::{

@@ -6,7 +6,7 @@ use std::time::Duration;
 use allocation::{Score, Timestamp};
 
 use crate::criteria::{Criterion, Footprint};
-use crate::history::{Aggregate, History};
+use crate::history::{Aggregate, Chunk, History};
 use crate::policy::Sample;
 use crate::{PoolConfig, Utilization};
 
@@ -20,7 +20,13 @@ pub(crate) const BUSY: &str = "utilization";
 /// One resource's.
 #[derive(Debug)]
 pub(crate) struct Past {
+    /// Its times are since 1970, so that it outlives the process and hours are those of the day; all others here are the
+    /// process's.
     history: History,
+    /// When the process's timestamps began, since 1970.
+    origin: Duration,
+    /// There are reports since stretches were given last.
+    news: bool,
     /// Where each dimension of the last report was in the history, in the order of reports: mostly they are there again.
     places: Vec<u8>,
     bytes: usize,
@@ -52,7 +58,7 @@ pub(crate) struct Sampled {
 }
 
 impl Past {
-    pub(crate) fn new(config: &PoolConfig, holds_for: Duration) -> Self {
+    pub(crate) fn new(config: &PoolConfig, holds_for: Duration, origin: Duration) -> Self {
         let mut history = History::new(holds_for);
         for criterion in &config.criteria {
             history.prefer(criterion.metric());
@@ -61,6 +67,8 @@ impl Past {
             history.prefer(dimension);
         }
         Self {
+            origin,
+            news: false,
             bytes: 0,
             forecast: None,
             forecast_at: Timestamp::ZERO,
@@ -95,6 +103,8 @@ impl Past {
         room: bool,
         now: Timestamp,
     ) -> u64 {
+        let wall = now + self.origin;
+        self.news = true;
         let flows = f64::from(sample.flows_open);
         let mut refused = 0;
         let mut turn = 0;
@@ -105,7 +115,7 @@ impl Past {
                 if turn == self.places.len() {
                     self.places.push(0);
                 }
-                self.history.record_near(&mut self.places[turn], dimension, value, now);
+                self.history.record_near(&mut self.places[turn], dimension, value, wall);
                 turn += 1;
             }
         });
@@ -113,19 +123,51 @@ impl Past {
         self.busy.sampled = Some(moment(sample.busy, flows, now));
         for (place, criterion) in config.criteria.iter().enumerate() {
             let Some((value, at)) = self.history.latest(criterion.metric()) else { continue };
-            if at == now {
+            if at == wall {
                 self.criteria[place].footprint.observe(value, sample.flows_open, now);
             }
-            self.criteria[place].sampled = self.sample(criterion, moment(value, flows, at), now);
+            self.criteria[place].sampled =
+                self.sample(criterion, moment(value, flows, self.since_origin(at)), now);
         }
         if let Some(ahead) = config.forecast
             && (now.since(self.forecast_at) >= FORECAST_EVERY || self.forecast_at == Timestamp::ZERO)
         {
-            self.forecast = self.history.forecast(BUSY, now, ahead);
+            self.forecast = self.history.forecast(BUSY, wall, ahead);
             self.forecast_at = now;
         }
         self.bytes = self.history.bytes();
         refused
+    }
+
+    /// The stretches of history that changed since the last call; `None`: there was no report.
+    pub(crate) fn take_chunks(&mut self) -> Option<Vec<Chunk>> {
+        std::mem::take(&mut self.news).then(|| self.history.take_chunks())
+    }
+
+    /// Takes back what was given before a restart, and what follows from it. Gives how many stretches could not be read.
+    pub(crate) fn restore(&mut self, config: &PoolConfig, chunks: &[Chunk], now: Timestamp) -> usize {
+        let wall = now + self.origin;
+        let unreadable = self.history.restore(chunks, wall);
+        let flows = self.history.latest(CONNECTIONS).map_or(0.0, |(flows, _)| flows);
+        for (place, criterion) in config.criteria.iter().enumerate() {
+            if let Some((value, at)) = self.history.latest(criterion.metric()) {
+                self.criteria[place].sampled =
+                    self.sample(criterion, moment(value, flows, self.since_origin(at)), now);
+            }
+        }
+        if let Some((busy, at)) = self.history.latest(BUSY) {
+            self.busy.sampled = Some(moment(busy, flows, self.since_origin(at)));
+        }
+        if let Some(ahead) = config.forecast {
+            self.forecast = self.history.forecast(BUSY, wall, ahead);
+        }
+        self.bytes = self.history.bytes();
+        unreadable
+    }
+
+    /// A time of the history as one of the process; one from before its start is its origin.
+    fn since_origin(&self, wall: Timestamp) -> Timestamp {
+        Timestamp::ZERO + wall.since(Timestamp::ZERO + self.origin)
     }
 
     /// What a criterion compares, as of now.
@@ -136,8 +178,9 @@ impl Past {
         if aggregate == Aggregate::Latest {
             return Some(moment);
         }
-        let answer = self.history.query_cached(criterion.metric(), window, aggregate, now)?;
-        let over = self.history.query_cached(CONNECTIONS, window, Aggregate::Average, now);
+        let wall = now + self.origin;
+        let answer = self.history.query_cached(criterion.metric(), window, aggregate, wall)?;
+        let over = self.history.query_cached(CONNECTIONS, window, Aggregate::Average, wall);
         let scale = if aggregate == Aggregate::Total { answer.covered.as_secs_f64() } else { 1.0 };
         Some(Sampled {
             value: answer.value,

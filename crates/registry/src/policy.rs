@@ -32,8 +32,8 @@ use std::time::Duration;
 
 use allocation::{Policy, Timestamp, WEIGHT_RATIO_MAX};
 
-use crate::Knobs;
 use crate::columns::{Columns, Row, tick};
+use crate::{Estimates, Knobs};
 
 /// Time constant of the averages of rates and utilization.
 pub const AVERAGED_OVER: Duration = Duration::from_secs(3);
@@ -81,6 +81,8 @@ const RATE_MIN: f64 = 1e-6;
 const OPENED_RATE_MIN: f32 = 1.0;
 /// How fast `utilization` moves weights: the part of the difference in a second.
 const EVEN_OUT_PER_SECOND: f32 = 0.15;
+/// No weight is farther from the mean, whatever a file says: registered weights are within a factor of a million.
+const RESTORED_LOG2_MAX: f32 = 20.0;
 /// log2 distance from its target at which a weight has arrived: 1 %.
 const ARRIVED: f32 = 0.0144;
 
@@ -199,6 +201,39 @@ impl Estimator {
         (self.sampled, self.seeded) = (now, true);
         (self.flows_opened, self.fast_resets) = (sample.flows_opened, sample.fast_resets);
         self.write(sample.error_penalty, row);
+    }
+
+    /// Its averages, for a restart.
+    pub(crate) fn estimates(&self, row: &Row) -> Estimates {
+        Estimates {
+            operations: row.carries_operations.then_some(self.operations),
+            flows_opened: self.opened,
+            flows_open: self.open,
+            errors: self.errors,
+            utilization: self.utilization,
+            log_weight: row.log_weight,
+        }
+    }
+
+    /// With averages from before a restart; the row counts as one whose reports have ended, so its weight stays.
+    pub(crate) fn restored(estimates: &Estimates, error_penalty: f64, now: Timestamp, row: &mut Row) -> Self {
+        let rate = |value: f64| if value.is_finite() { value.max(0.0) } else { 0.0 };
+        let estimator = Self {
+            operations: rate(estimates.operations.unwrap_or(0.0)),
+            opened: rate(estimates.flows_opened),
+            open: rate(estimates.flows_open),
+            errors: rate(estimates.errors),
+            utilization: rate(estimates.utilization).min(10.0),
+            seeded: true,
+            ..Self::new(now)
+        };
+        row.carries_operations = estimates.operations.is_some();
+        if estimates.log_weight.is_finite() {
+            row.log_weight = estimates.log_weight.clamp(-RESTORED_LOG2_MAX, RESTORED_LOG2_MAX);
+        }
+        row.fresh_until = 1;
+        estimator.write(error_penalty, row);
+        estimator
     }
 
     fn write(&self, error_penalty: f64, row: &mut Row) {

@@ -11,13 +11,14 @@ use allocation::{
 };
 
 use crate::columns::{Columns, Row, tick};
+use crate::history::Chunk;
 use crate::past::{Arrivals, Past};
 use crate::policy::{
     self, Estimator, Guard, Leases, Masks, RateUnit, Sample, Scratch, Survey, View, Weighed,
 };
 use crate::scores;
 use crate::sides::Versions;
-use crate::{PoolConfig, ProbeTargets, Readiness, Registration, Report, Requirements, ShareError};
+use crate::{Labels, PoolConfig, ProbeTargets, Readiness, Registration, Report, Requirements, ShareError};
 
 /// Rebuilds of a pool are at least so far apart for each of its slots, and at least [`REBUILD_GAP_MIN`]: reports that come
 /// together make one table. A rebuild takes some 15 ns for each, so that is one and a half hundredths of a processor at most,
@@ -47,12 +48,17 @@ pub(crate) struct Member {
     pub(crate) estimator: Estimator,
     pub(crate) past: Past,
     pub(crate) probe: Option<SocketAddr>,
+    pub(crate) incarnation: u64,
+    /// Its own labels, where a report changed them and nobody has taken note yet.
+    pub(crate) relabelled: Option<Labels>,
 }
 
 /// A pool's state; behind a lock of its own.
 #[derive(Debug)]
 pub(crate) struct Pool {
     pub(crate) config: PoolConfig,
+    /// What the origin of timestamps is since 1970; zero: it is of no matter.
+    pub(crate) origin: Duration,
     /// What the flows of each table require.
     pub(crate) requirements: Vec<Requirements>,
     pub(crate) columns: Columns,
@@ -63,7 +69,7 @@ pub(crate) struct Pool {
     /// Counts the changes of `shared`.
     epoch: u64,
     members_changed: bool,
-    dirty: bool,
+    pub(crate) dirty: bool,
     moving: bool,
     pub(crate) generation: u64,
     rebuilt: Timestamp,
@@ -85,7 +91,7 @@ pub(crate) struct Pool {
     /// Of a split pool: the part of all flows that a unit of weight on each side gets.
     side_parts: Vec<f32>,
     /// No lease ends before it.
-    earliest_lease: Timestamp,
+    pub(crate) earliest_lease: Timestamp,
     pub(crate) arrivals: Arrivals,
     pub(crate) versions: Option<Versions>,
     hashing: Vec<Hashing>,
@@ -106,6 +112,7 @@ impl Pool {
             probes: (config.policy == Policy::Prequal).then(probe_pool),
             requirements,
             config,
+            origin: Duration::ZERO,
             columns: Columns::default(),
             members: Vec::new(),
             free: Vec::new(),
@@ -205,6 +212,8 @@ impl Pool {
             occupied: true,
             ready: true,
             drained,
+            remembered: false,
+            answers: false,
             carries_operations: false,
             tables: fit.tables,
             side: fit.side,
@@ -233,8 +242,10 @@ impl Pool {
         let member = Member {
             backend: self.backend(registration, Arc::default()),
             estimator: Estimator::new(now),
-            past: Past::new(&self.config, registration.stale_after()),
+            past: Past::new(&self.config, registration.stale_after(), self.origin),
             probe: registration.probe_address(),
+            incarnation: registration.incarnation(),
+            relabelled: None,
         };
         (row, member)
     }
@@ -297,6 +308,27 @@ impl Pool {
         self.members_changed = true;
         self.dirty = true;
         self.renew(slot, registration.lease(), now);
+        self.confirm(slot);
+    }
+
+    /// It is not only remembered: it has said something itself.
+    pub(crate) fn confirm(&mut self, slot: usize) {
+        if self.columns.remembered[slot] {
+            (self.columns.remembered[slot], self.columns.answers[slot]) = (false, false);
+            self.columns.decide(slot);
+            self.dirty = true;
+        }
+    }
+
+    /// Gives a slot the history that was kept of it; gives how many stretches could not be read.
+    pub(crate) fn restore_history(&mut self, slot: usize, chunks: &[Chunk], now: Timestamp) -> usize {
+        let member = self.members[slot].as_mut();
+        member.map_or(0, |member| member.past.restore(&self.config, chunks, now))
+    }
+
+    /// A report changed its own labels.
+    pub(crate) fn relabelled(&mut self, slot: usize, labels: Labels) {
+        self.member_mut(slot).relabelled = Some(labels);
     }
 
     pub(crate) fn renew(&mut self, slot: usize, lease: Duration, now: Timestamp) {
@@ -364,6 +396,7 @@ impl Pool {
         row.reported = now;
         row.fresh_until = tick(now + Duration::from_millis(u64::from(row.stale_after_ms))).max(1);
         row.ready = report.readiness == Readiness::Ready;
+        (row.remembered, row.answers) = (false, false);
         self.columns.set(slot, row);
         self.columns.decide(slot);
         self.dirty = true;
@@ -391,7 +424,7 @@ impl Pool {
         self.members[slot].as_ref().expect("the map of resources names occupied slots only")
     }
 
-    fn member_mut(&mut self, slot: usize) -> &mut Member {
+    pub(crate) fn member_mut(&mut self, slot: usize) -> &mut Member {
         self.members[slot].as_mut().expect("the map of resources names occupied slots only")
     }
 
@@ -579,7 +612,8 @@ impl Pool {
     fn somebody_is_ready(&self, now: Timestamp) -> bool {
         let columns = &self.columns;
         (0..columns.len()).any(|slot| {
-            let serves = columns.occupied[slot] && columns.ready[slot] && !columns.drained[slot];
+            let there = columns.occupied[slot] && !columns.is_unproven(slot);
+            let serves = there && columns.ready[slot] && !columns.drained[slot];
             serves && columns.lease_until[slot] > now
         })
     }

@@ -71,6 +71,8 @@ pub struct Registered {
     pub lease: Duration,
     /// False: it was there already.
     pub created: bool,
+    /// False: it was there already, and said the same.
+    pub changed: bool,
 }
 
 /// Why a resource may not register.
@@ -243,7 +245,7 @@ pub enum CapabilityError {
 pub(crate) struct Entry {
     pub(crate) registration: Arc<Registration>,
     /// Its own, by its registration or its newest report that had any.
-    own_labels: Labels,
+    pub(crate) own_labels: Labels,
     /// In force: its own with an administrator's on top.
     pub(crate) labels: Arc<Labels>,
     pub(crate) pool: usize,
@@ -256,14 +258,14 @@ pub(crate) struct Entry {
 /// All pools and all resources. Every method may be called from any thread.
 #[derive(Debug)]
 pub struct Registry {
-    config: Config,
-    pools: Vec<Mutex<Pool>>,
-    pools_by_name: HashMap<PoolName, usize>,
+    pub(crate) config: Config,
+    pub(crate) pools: Vec<Mutex<Pool>>,
+    pub(crate) pools_by_name: HashMap<PoolName, usize>,
     pub(crate) resources: DashMap<ResourceId, Entry>,
     /// Labels that an administrator entered, whether the resource is here or not.
-    capabilities: Mutex<BTreeMap<ResourceId, Labels>>,
+    pub(crate) capabilities: Mutex<BTreeMap<ResourceId, Labels>>,
     /// Bytes of history over all resources.
-    history_bytes: AtomicUsize,
+    pub(crate) history_bytes: AtomicUsize,
     /// Series that were not begun for want of room.
     history_refused: AtomicU64,
 }
@@ -313,7 +315,7 @@ impl Registry {
         match self.resources.entry(registration.id().clone()) {
             Place::Vacant(place) => {
                 place.insert(self.join(pool, registration, false, now)?);
-                Ok(Registered { lease, created: true })
+                Ok(Registered { lease, created: true, changed: true })
             }
             Place::Occupied(mut place) => {
                 let entry = place.get_mut();
@@ -330,16 +332,17 @@ impl Registry {
                 }
                 let same_place = entry.pool == pool && entry.registration.address() == registration.address();
                 if new == old && same_place {
+                    let changed = entry.registration != registration;
                     self.amend(entry, registration, now);
-                    return Ok(Registered { lease, created: false });
+                    return Ok(Registered { lease, created: false, changed });
                 }
                 self.replace(entry, pool, registration, now)?;
-                Ok(Registered { lease, created: true })
+                Ok(Registered { lease, created: true, changed: true })
             }
         }
     }
 
-    fn join(
+    pub(crate) fn join(
         &self,
         index: usize,
         registration: Arc<Registration>,
@@ -362,6 +365,7 @@ impl Registry {
         let mut pool = self.lock(entry.pool);
         if entry.registration == registration {
             pool.renew(entry.slot, registration.lease(), now);
+            pool.confirm(entry.slot);
         } else {
             pool.amend(entry.slot, &registration, now);
             let fit = pool.fit(&labels, registration.version());
@@ -491,6 +495,7 @@ impl Registry {
         if let Some(labels) = report.labels.as_ref().filter(|labels| **labels != entry.own_labels) {
             entry.own_labels = labels.clone();
             self.refit(&mut entry);
+            self.lock(entry.pool).relabelled(entry.slot, labels.clone());
         }
         let mut pool = self.lock(entry.pool);
         let before = pool.member(entry.slot).past.bytes();
@@ -522,10 +527,12 @@ impl Registry {
             });
         }
         if let Some(labels) = renewal.labels.filter(|labels| *labels != entry.own_labels) {
-            entry.own_labels = labels;
+            entry.own_labels = labels.clone();
             self.refit(&mut entry);
+            self.lock(entry.pool).relabelled(entry.slot, labels);
         }
         let mut pool = self.lock(entry.pool);
+        pool.confirm(entry.slot);
         pool.set_ready(entry.slot, renewal.readiness == Readiness::Ready);
         pool.renew(entry.slot, entry.registration.lease(), now);
         Ok(standing(&pool, &entry))
@@ -609,6 +616,12 @@ impl Registry {
         self.leave(place.get());
         place.remove();
         Ok(true)
+    }
+
+    /// Removes a resource, whoever's it is, unless a newer incarnation is registered. True: it was there.
+    pub fn remove(&self, id: &ResourceId, incarnation: u64) -> bool {
+        let owner = self.registered(id).and_then(|(registration, _)| registration.owner().cloned());
+        self.deregister_by(owner.as_ref(), id, incarnation).unwrap_or(false)
     }
 
     /// No new flows for it from the next table on. Gives the flows open on it.
@@ -956,6 +969,8 @@ impl Seen {
 fn state_of(row: &Row, live: &LiveFacts) -> ResourceState {
     if row.drained {
         ResourceState::Draining
+    } else if row.remembered {
+        ResourceState::Remembered
     } else if !row.ready {
         ResourceState::NotReady
     } else if live.is_down() {
@@ -1048,6 +1063,7 @@ pub(crate) fn left_out(pool: &Pool, entry: &Entry, table: usize, now: Timestamp)
     match pool.columns.left_out(entry.slot, table, now) {
         allocation::LeftOut::Draining => return Some(LeftOut::Draining),
         allocation::LeftOut::NotReady => return Some(LeftOut::NotReady),
+        allocation::LeftOut::Unproven => return Some(LeftOut::Unproven),
         allocation::LeftOut::Expired => return Some(LeftOut::Expired),
         allocation::LeftOut::Requirement => {
             let requirements = &pool.requirements[table.min(pool.requirements.len() - 1)];
@@ -1077,6 +1093,8 @@ fn notes(pool: &Pool, row: &Row, survey: &Survey, now: Timestamp) -> Vec<Note> {
     let mut notes = Vec::new();
     if !pool.policy().learns() {
         notes.push(Note::Registered);
+    } else if row.remembered && row.fresh_until > 0 {
+        notes.push(Note::Remembered);
     } else if row.reported == Timestamp::NEVER {
         notes.push(Note::NeverReported);
     } else if row.is_stale(now) {

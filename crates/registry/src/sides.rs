@@ -6,7 +6,7 @@ use allocation::{FlowTotals, LeftOut, LiveFacts, TableSpec, Timestamp};
 
 use crate::columns::Columns;
 use crate::pool::Member;
-use crate::versions::{Judge, SideTotals, SplitBy, SplitConfig, SplitError};
+use crate::versions::{Judge, Reason, SideTotals, SplitBy, SplitConfig, SplitError};
 
 /// The totals of all sides are added up this often: it goes over the whole pool.
 const OBSERVE_EVERY: Duration = Duration::from_millis(900);
@@ -110,6 +110,17 @@ impl Versions {
 
     pub(crate) fn set_share(&mut self, version: &str, share: f32) -> Result<(), SplitError> {
         self.judge.set_share(version, share)
+    }
+
+    /// A version's share as set last, and why it is aborted; `None`: it is not in the split.
+    pub(crate) fn setting(&self, version: &str) -> Option<(f32, Option<Reason>)> {
+        let listed = self.judge.config().versions().iter().zip(self.judge.sides());
+        let mut of_name = listed.filter(|(listed, _)| listed.version == version);
+        of_name.next().map(|(listed, side)| (listed.share, side.aborted))
+    }
+
+    pub(crate) fn restore_abort(&mut self, version: &str, reason: Reason) {
+        self.judge.restore_abort(version, reason);
     }
 
     /// A resource leaves its side; what was counted of it stays.

@@ -21,11 +21,14 @@ pub enum ResourceState {
     NotReady,
     /// Connecting to it fails; it is tried again with a growing pause.
     Down,
+    /// It is from before a restart of the balancer and has not reported since. It gets new flows while it answers when it is
+    /// connected to.
+    Remembered,
 }
 
 impl ResourceState {
     /// Every state.
-    pub const ALL: [Self; 4] = [Self::Ready, Self::Draining, Self::NotReady, Self::Down];
+    pub const ALL: [Self; 5] = [Self::Ready, Self::Draining, Self::NotReady, Self::Down, Self::Remembered];
 
     /// Its name in metrics and output.
     pub const fn name(self) -> &'static str {
@@ -34,6 +37,7 @@ impl ResourceState {
             Self::Draining => "draining",
             Self::NotReady => "not_ready",
             Self::Down => "down",
+            Self::Remembered => "remembered",
         }
     }
 }
@@ -82,7 +86,7 @@ pub struct ResourceStatus {
 
 /// How many resources of a pool are in each state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct StateCounts([u32; 4]);
+pub struct StateCounts([u32; 5]);
 
 impl StateCounts {
     /// One more.
@@ -141,6 +145,8 @@ pub enum LeftOut {
     Draining,
     /// It says itself that it is not ready.
     NotReady,
+    /// It is remembered from before a restart, and has not answered yet.
+    Unproven,
     /// Its lease is over.
     Expired,
     /// It does not meet what the flow requires.
@@ -169,6 +175,9 @@ impl fmt::Display for LeftOut {
         match self {
             Self::Draining => f.write_str("an operator drains it"),
             Self::NotReady => f.write_str("it reports that it is not ready"),
+            Self::Unproven => f.write_str(
+                "it is remembered from before the restart and does not answer when it is connected to",
+            ),
             Self::Expired => f.write_str("its lease is over: no report came in time"),
             Self::Requirement { unmet } => write!(f, "it does not meet {unmet}"),
             Self::Aborted { version } => write!(f, "version {version} has no share of new flows"),
@@ -186,6 +195,8 @@ pub enum Note {
     Registered,
     /// No report yet.
     NeverReported,
+    /// Remembered from before a restart: the weight stays where it was.
+    Remembered,
     /// No report for three intervals: the weight stays where it is.
     Stale,
     /// The pool's weights are held.
@@ -201,6 +212,7 @@ impl fmt::Display for Note {
         match self {
             Self::Registered => f.write_str("the policy takes the registered weight"),
             Self::NeverReported => f.write_str("no report yet: registered weight"),
+            Self::Remembered => f.write_str("remembered from before the restart: weight held"),
             Self::Stale => f.write_str("no report for three intervals: weight held"),
             Self::Held(guard) => write!(f, "{guard}: weight held"),
             Self::Idle => f.write_str("utilization idle: weight held near its registered value"),

@@ -294,6 +294,10 @@ pub enum Measure {
 }
 
 impl Measure {
+    /// Every measure.
+    pub const ALL: [Self; 5] =
+        [Self::ConnectFailures, Self::Resets, Self::ConnectTime, Self::FirstByteTime, Self::Utilization];
+
     /// Its name in output.
     pub const fn name(self) -> &'static str {
         match self {
@@ -454,6 +458,14 @@ impl Judge {
             part.sides[side] = Deltas::default();
         }
         Ok(())
+    }
+
+    /// Gives a side none of the new flows, as it was before a restart. The baseline cannot be aborted.
+    pub fn restore_abort(&mut self, version: &str, reason: Reason) {
+        let versions = self.config.versions.iter().zip(&mut self.sides).skip(1);
+        for (_, side) in versions.filter(|(listed, _)| listed.version == version) {
+            side.aborted = Some(reason);
+        }
     }
 
     /// How each side stands, the baseline first.

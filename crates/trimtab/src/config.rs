@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -42,8 +43,6 @@ pub const HTTP_LISTEN_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr:
 /// How long flows may go on after a SIGTERM unless told otherwise: what systemd and Kubernetes wait before they kill.
 pub const DRAIN_TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);
 
-/// Top-level keys and policies of the design that this version does not have.
-const LATER_ROOT: [&str; 1] = ["store"];
 /// What one buffer ring can hold.
 const BUFFERS_MAX: u64 = 32_768;
 /// A ring and a thread each; more than any machine has cores.
@@ -68,6 +67,8 @@ pub struct Config {
     pub decisions: DecisionsConfig,
     /// What resources are told when the balancer goes away.
     pub notices: NoticesConfig,
+    /// The file that outlives the process; `None`: nothing does.
+    pub store: Option<PathBuf>,
     /// At least one.
     pub pools: Vec<PoolConfig>,
     /// At least one, each of a pool in `pools`.
@@ -254,6 +255,7 @@ impl Config {
         let dataplane = read_dataplane(root.section("dataplane"));
         let decisions = read_decisions(root.section("decisions"));
         let notices = notices::read(&mut root);
+        let store = read_store(root.section("store"));
         let pools = pool::read(&mut root);
         let known = pools.as_deref().filter(|_| !broken);
         let listeners = read_listeners(&mut root, known, &mut bound);
@@ -272,7 +274,7 @@ impl Config {
         if let Some(problem) = both.as_ref().and_then(|(pools, _)| pool::too_many_tables(pools)) {
             root.reader().report(0, problem);
         }
-        root.finish(&LATER_ROOT);
+        root.finish(&[]);
         let (pools, listeners) = both?;
         Some(Self {
             control,
@@ -282,6 +284,7 @@ impl Config {
             dataplane,
             decisions,
             notices,
+            store,
             pools,
             listeners,
             upstreams,
@@ -387,6 +390,23 @@ fn read_decisions(mut section: Section<'_, '_>) -> DecisionsConfig {
     let sample = or(section.value("sample", decimal(0.0..=1.0)), 0.01);
     section.finish(&[]);
     DecisionsConfig { sample: if log.is_some() { sample } else { 0.0 }, log }
+}
+
+fn read_store(mut section: Section<'_, '_>) -> Option<PathBuf> {
+    let path = section.value("path", text(store_path)).and_then(Spanned::into_inner);
+    section.finish(&[]);
+    path
+}
+
+fn store_path(text: &str) -> Result<Option<PathBuf>, Problem> {
+    match text {
+        "" => Ok(None),
+        folder if folder.ends_with('/') => Err(Problem::new(
+            format!("{folder:?} is a folder"),
+            format!("name a file in it: \"{folder}trimtab.db\""),
+        )),
+        path => Ok(Some(path.into())),
+    }
 }
 
 fn decision_log(text: &str) -> Result<Option<control::DecisionLog>, Problem> {

@@ -119,9 +119,14 @@ impl Plan {
         let (key_file, zone) = (self.key_file().display().to_string(), dns::ZONE);
         format!(
             "[control]\nlisten = \"{}\"\n[http]\nlisten = \"{}\"\n[dataplane]\nworkers = 1\ndrain_timeout = \"1s\"\n\
+             [store]\npath = {:?}\n\
              [[pool]]\nname = \"{POOL}\"\n[[listener]]\nbind = \"tcp://{}\"\npool = \"{POOL}\"\n\
              [[dns]]\nzone = \"{zone}\"\nserver = \"{}\"\nkey_file = {key_file:?}\nname = \"lb1\"\nttl = \"2s\"\n",
-            self.control, self.http, self.listen, self.dns
+            self.control,
+            self.http,
+            self.folder.path().join("trimtab.db"),
+            self.listen,
+            self.dns
         )
     }
 

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use registry::{Limits, PoolConfig};
+use store::Store;
 
 use crate::cli::ServeArgs;
 use crate::config::{Config, EndpointConfig, ListenerConfig};
@@ -43,13 +44,19 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     life::raise_descriptor_limit();
     let runtime = runtime()?;
 
+    let store = open_store(&config)?;
     let pools = Pools::of(&config);
     let dns = discovery::Statuses::default();
-    let (bound, mut control) = bind(&config, &pools, &runtime, &dns)?;
+    let (bound, mut control) = bind(&config, &pools, store, &runtime, &dns)?;
     let publications = publishing::publications(&config, &bound.addresses(), control.control_address())?;
     let lines = lines(&config, &bound, &control);
     let addresses: Vec<SocketAddr> = bound.addresses();
     let offers = control.offers();
+    if config.store.is_none() {
+        tracing::info!(
+            "no store is configured ([store] path): a restart forgets resources until they register again"
+        );
+    }
 
     let (phase, seen) = watch::channel(Phase::Starting);
     let mut control = Some(runtime.spawn(control.run(seen)));
@@ -80,6 +87,12 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     drained.and(ended)
 }
 
+/// Before anything is bound: a balancer that cannot remember must not begin to forget.
+fn open_store(config: &Config) -> Result<Option<Store>, Failure> {
+    let Some(path) = &config.store else { return Ok(None) };
+    Store::open(path).map(Some).map_err(|error| Failure::start(error.to_string()))
+}
+
 /// Each pool's tables, by the pool's place in the configuration: one for its own requirement, and one for each that its
 /// listeners have beyond it.
 struct Pools(Vec<Vec<Publisher>>);
@@ -102,6 +115,7 @@ impl Pools {
 fn bind(
     config: &Config,
     pools: &Pools,
+    store: Option<Store>,
     runtime: &Runtime,
     dns: &discovery::Statuses,
 ) -> Result<(Bound, Control), Failure> {
@@ -111,7 +125,7 @@ fn bind(
         reasons.extend(refused("http.listen", config.http));
         Failure::Start(reasons)
     })?;
-    let control = runtime.block_on(Control::bind(control_config(config, pools, &bound, dns)));
+    let control = runtime.block_on(Control::bind(control_config(config, pools, store, &bound, dns)));
     let control = control.map_err(|error| {
         let mut reasons = vec![error.to_string()];
         if matches!(error, control::StartError::Bind { key: "control.listen", .. }) {
@@ -163,7 +177,13 @@ fn dataplane_config(config: &Config, pools: &Pools) -> dataplane::Config {
     made
 }
 
-fn control_config(config: &Config, pools: &Pools, bound: &Bound, dns: &discovery::Statuses) -> ControlConfig {
+fn control_config(
+    config: &Config,
+    pools: &Pools,
+    store: Option<Store>,
+    bound: &Bound,
+    dns: &discovery::Statuses,
+) -> ControlConfig {
     let addresses: Vec<_> = config.listeners.iter().zip(bound.addresses()).collect();
     let pools = config.pools.iter().zip(&pools.0).map(|(pool, publishers)| control::Pool {
         config: pool.clone(),
@@ -191,6 +211,7 @@ fn control_config(config: &Config, pools: &Pools, bound: &Bound, dns: &discovery
         pull: config.pull.clone(),
         providers: config.providers.clone(),
         dns: dns.clone(),
+        store,
     }
 }
 

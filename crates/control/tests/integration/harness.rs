@@ -86,6 +86,7 @@ pub(crate) fn config() -> (ControlConfig, Publisher) {
         pull: control::PullConfig::default(),
         providers: Vec::new(),
         dns: Default::default(),
+        store: None,
     };
     (config, publisher)
 }

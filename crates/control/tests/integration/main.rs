@@ -3,6 +3,7 @@
 
 mod allocation;
 mod harness;
+mod keeper;
 mod notices;
 mod operation;
 mod provider;

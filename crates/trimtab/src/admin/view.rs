@@ -26,6 +26,8 @@ pub enum StateView {
     NotReady,
     /// Connecting to it fails.
     Down,
+    /// From before a restart: while it answers when it is connected to.
+    Remembered,
 }
 
 impl StateView {
@@ -35,6 +37,7 @@ impl StateView {
             Ok(ResourceState::Draining) => Self::Draining,
             Ok(ResourceState::NotReady) => Self::NotReady,
             Ok(ResourceState::Down) => Self::Down,
+            Ok(ResourceState::Remembered) => Self::Remembered,
             Ok(ResourceState::Unspecified) | Err(_) => Self::Unknown,
         }
     }
@@ -46,6 +49,7 @@ impl StateView {
             Self::Draining => "draining",
             Self::NotReady => "not ready",
             Self::Down => "down",
+            Self::Remembered => "remembered",
         }
     }
 }

@@ -34,6 +34,7 @@ fn the_least_file_takes_every_default() {
             dataplane: DataplaneConfig::default(),
             decisions: DecisionsConfig::default(),
             notices: NoticesConfig::default(),
+            store: None,
             pools: vec![PoolConfig::new("sql".parse().unwrap(), Policy::Adaptive)],
             listeners: vec![ListenerConfig {
                 bind: "tcp://127.0.0.1:5432".parse().unwrap(),
@@ -45,6 +46,14 @@ fn the_least_file_takes_every_default() {
             dns: Vec::new(),
         }
     );
+}
+
+#[test]
+fn a_store_has_a_path_or_is_none() {
+    let store = |lines: &str| Config::parse(with_a_listener(lines).as_bytes()).expect("a file").store;
+    let path = "/var/lib/trimtab/trimtab.db";
+    assert_eq!(store(&format!("[store]\npath = \"{path}\"\n")), Some(path.into()));
+    assert_eq!(store("[store]\npath = \"\"\n"), None);
 }
 
 #[test]
@@ -434,7 +443,8 @@ connect_timeout = "0s"
 idle_timeout = "5"
 connect_retries = 8
 [store]
-path = "x"
+path = "/var/lib/trimtab/"
+file = "x"
 [[pool]]
 name = "sql"
 policy = "roundrobin"
@@ -465,21 +475,23 @@ f:12:16: error: `dataplane.idle_timeout`: "5" is not a duration
   hint: write a whole number with its unit: "250ms", "5s", "10m", "1h" or "1d"
 f:13:19: error: `dataplane.connect_retries`: 8 is out of range
   hint: write a whole number from 0 to 7, without quotes
-f:14:2: error: `store` is not supported by this version
-  hint: remove it; it comes in a later release
-f:18:10: error: `pool.policy`: there is no policy "roundrobin"
+f:15:8: error: `store.path`: "/var/lib/trimtab/" is a folder
+  hint: name a file in it: "/var/lib/trimtab/trimtab.db"
+f:16:1: error: there is no key `store.file`
+  hint: there are path
+f:19:10: error: `pool.policy`: there is no policy "roundrobin"
   hint: did you mean "round-robin"?
-f:20:8: error: there are two pools named "sql"
-  hint: the first is in line 17; rename one or merge them
-f:21:10: error: `pool.policy`: there is no policy "leastconn"
+f:21:8: error: there are two pools named "sql"
+  hint: the first is in line 18; rename one or merge them
+f:22:10: error: `pool.policy`: there is no policy "leastconn"
   hint: there are adaptive, least-connections, p2c, peak-ewma, weighted-round-robin, round-robin, random, first, utilization, maglev, prequal, criteria
-f:23:8: error: `listener.bind`: "udp://127.0.0.1:53": UDP is not supported by this version
+f:24:8: error: `listener.bind`: "udp://127.0.0.1:53": UDP is not supported by this version
   hint: write tcp://…; udp:// comes in a later release
-f:24:8: error: `listener.pool`: there is no pool "slq"
+f:25:8: error: `listener.pool`: there is no pool "slq"
   hint: did you mean "sql"?
-f:25:1: error: `listener.bind` is missing
+f:26:1: error: `listener.bind` is missing
   hint: add bind = "tcp://0.0.0.0:5432"
-f:26:8: error: `listener.pool`: there is no pool "web"
+f:27:8: error: `listener.pool`: there is no pool "web"
   hint: add [[pool]] with name = "web"
 "#;
     assert_eq!(errors(file), expected);
@@ -503,7 +515,7 @@ fn single_errors() {
     for (head, expected) in [
         (
             "colour = 1",
-            "f:1:1: error: there is no key `colour`\n  hint: there are control, http, dataplane, decisions, notices, maintenance, pool, listener, upstream, provider, dns\n",
+            "f:1:1: error: there is no key `colour`\n  hint: there are control, http, dataplane, decisions, notices, maintenance, store, pool, listener, upstream, provider, dns\n",
         ),
         (
             "[[control]]",
