@@ -80,9 +80,20 @@ fn from_nothing() {
             .then_some(())
     });
 
+    // Nobody told the first who stands in for it: it sees that in DNS.
+    let second = format!("http://{}", two.control());
+    until("the first knows of the second", || {
+        let made = one.ask(&["notify", "unavailable", "--at", "+1h", "--for", "1m"]);
+        let notice = one.ask(&["notify", "list"])["notices"][0].clone();
+        one.admin(&["notify", "withdraw", made["notice"].as_str()?]);
+        (notice["alternatives"][0].as_str()? == second).then_some(())
+    });
+
     one.process().signal(Signal::TERM);
     for agent in &mut agents {
-        agent.wait_for_error_line(PATIENCE, |line| line.contains("BALANCER_LEAVING").then_some(()));
+        agent.wait_for_error_line(PATIENCE, |line| {
+            (line.contains("BALANCER_LEAVING") && line.contains(&second)).then_some(())
+        });
     }
     let (ended, took) = one.process().wait(PATIENCE);
     println!("the first ended {took:?} after its agents were warned");

@@ -134,6 +134,7 @@ fn serve(
         origin: Instant::now(),
         limits: Limits { resources_max: 100_000, ..Limits::default() },
         alternatives: Vec::new(),
+        zones: Vec::new(),
         maintenance: Vec::new(),
         decision_log: None,
         pull: control::PullConfig::default(),

@@ -56,6 +56,7 @@ use crate::security::{Security, Tls};
 
 pub use crate::notices::is_control_address;
 pub use crate::notices::maintenance::{Maintenance, Schedule, ScheduleError};
+pub use crate::notices::peers::Zone;
 pub use crate::offers::Offers;
 pub use crate::provider::{DockerConfig, DockerEndpoint, ProviderConfig, ProviderKind};
 use crate::pull::Puller;
@@ -134,6 +135,8 @@ pub struct ControlConfig {
     pub limits: Limits,
     /// Control addresses of the balancers that stand in for this one, where a notice names none.
     pub alternatives: Vec<String>,
+    /// Where others are found that stand in for it, if [`ControlConfig::alternatives`] names none.
+    pub zones: Vec<Zone>,
     /// Unavailability that comes by schedule.
     pub maintenance: Vec<Maintenance>,
     /// Where the sample of selections goes that the dataplane takes; `None`: nowhere.
@@ -349,8 +352,10 @@ impl Control {
     /// # Errors
     /// See [`RunError`].
     pub async fn run(self, phase: watch::Receiver<Phase>) -> Result<(), RunError> {
+        let scheme = self.control_scheme();
         let config = self.config;
         let clock = self.clock;
+        let named = !config.alternatives.is_empty();
         let shared = Arc::new(Shared {
             registry: self.registry,
             security: Arc::new(Security::new(config.security, self.tls, clock)),
@@ -377,6 +382,8 @@ impl Control {
         let http = tokio::spawn(http::serve(self.http, Arc::clone(&shared)));
         let leave = tokio::spawn(tell_of_leave(Arc::clone(&shared)));
         let maintenance = tokio::spawn(notices::maintenance::run(Arc::clone(&shared), config.maintenance));
+        let zones = if named { Vec::new() } else { config.zones };
+        let peers = tokio::spawn(notices::peers::run(Arc::clone(&shared), zones, scheme));
         let webhook = tokio::spawn(notices::webhook::run(Arc::clone(&shared)));
         let prober = tokio::spawn(prober::run(Arc::clone(&shared)));
         let log =
@@ -390,7 +397,7 @@ impl Control {
             .map(|of| tokio::spawn(provider::run(Arc::clone(&shared), of)))
             .collect();
         let served = grpc::serve(self.grpc, Arc::clone(&shared)).await;
-        for task in [http, prober, leave, maintenance, webhook, keeping, remembering]
+        for task in [http, prober, leave, maintenance, peers, webhook, keeping, remembering]
             .into_iter()
             .chain(log)
             .chain(providers)

@@ -2,7 +2,9 @@
 
 use std::net::SocketAddr;
 
-use discovery::{Addresses, HostLabel, Owner, Publication, Publisher, Service, ServiceName, Statuses};
+use discovery::{
+    Addresses, Finder, HostLabel, Owner, Publication, Publisher, Service, ServiceName, Statuses,
+};
 use tokio::runtime::Runtime;
 
 use crate::config::{Config, DnsConfig, ServiceAt};
@@ -35,7 +37,7 @@ fn publication(
     listeners: &[SocketAddr],
     control: SocketAddr,
 ) -> Result<Publication, discovery::NameError> {
-    let label = dns.name.clone().unwrap_or_else(|| HostLabel::of_host(&host_name()));
+    let label = label(dns);
     // As it is configured: with port 0 each start would be somebody else.
     let owner = dns.owner.clone();
     let owner =
@@ -66,6 +68,21 @@ fn publication(
         of_control(ServiceName::control(), dns.port.unwrap_or_else(|| control.port())),
         services,
     )
+}
+
+/// Where others may be published that stand in for this balancer.
+pub fn zones(config: &Config) -> Vec<control::Zone> {
+    let zone = |dns: &DnsConfig| {
+        // A name that is too long is said where it is published.
+        let finder = Finder::new(&ServiceName::control(), &dns.zone, Some(dns.server)).ok()?;
+        Some(control::Zone { finder, own: format!("{}.{}", label(dns), dns.zone) })
+    };
+    config.dns.iter().filter_map(zone).collect()
+}
+
+/// This balancer's host name in the zone.
+fn label(dns: &DnsConfig) -> HostLabel {
+    dns.name.clone().unwrap_or_else(|| HostLabel::of_host(&host_name()))
 }
 
 /// Starts publishing.

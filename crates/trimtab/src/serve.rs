@@ -206,6 +206,7 @@ fn control_config(
         origin: bound.origin(),
         limits: Limits { resources_max: RESOURCES_MAX, ..Limits::default() },
         alternatives: config.notices.alternatives.clone(),
+        zones: publishing::zones(config),
         maintenance: config.notices.maintenance.clone(),
         decision_log: config.decisions.log.clone(),
         pull: config.pull.clone(),

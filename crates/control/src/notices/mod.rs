@@ -5,6 +5,7 @@
 
 pub(crate) mod book;
 pub(crate) mod maintenance;
+pub(crate) mod peers;
 pub(crate) mod webhook;
 
 use std::collections::HashSet;
@@ -45,6 +46,8 @@ pub(crate) struct Notices {
     made: AtomicU64,
     /// Named where a notice of an unavailability names none.
     alternatives: Vec<String>,
+    /// And where these are none either: who is in DNS beside this one.
+    found: Mutex<Vec<String>>,
     clock: Clock,
 }
 
@@ -87,8 +90,22 @@ impl Notices {
             balancer_id: balancer_id.to_owned(),
             made: AtomicU64::new(0),
             alternatives,
+            found: Mutex::default(),
             clock,
         }
+    }
+
+    /// Who stands in where nobody said so.
+    fn found(&self, others: Vec<String>) {
+        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = others;
+    }
+
+    /// Who stands in for this balancer, unless a notice names others.
+    fn alternatives(&self) -> Vec<String> {
+        if !self.alternatives.is_empty() {
+            return self.alternatives.clone();
+        }
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, Book> {
@@ -120,7 +137,7 @@ impl Notices {
             id: self.next_id(),
             what: What::Leaving,
             at: SystemTime::now(),
-            alternatives: self.alternatives.clone(),
+            alternatives: self.alternatives(),
             reason: "the balancer stops: it takes no new flows, open ones may end".into(),
             target: Target::All,
         };
@@ -137,12 +154,12 @@ impl Notices {
         alternatives: &[String],
         reason: &str,
     ) -> Result<String, NoticeError> {
-        let alternatives = if alternatives.is_empty() { &self.alternatives } else { alternatives };
+        let alternatives = if alternatives.is_empty() { self.alternatives() } else { alternatives.to_vec() };
         let notice = Notice {
             id: self.next_id(),
             what: What::Unavailable { lasts: Some(lasts) },
             at,
-            alternatives: alternatives.to_vec(),
+            alternatives,
             reason: reason.to_owned(),
             target: Target::All,
         };
@@ -156,7 +173,7 @@ impl Notices {
         let mut notice = parse_request(request)?;
         notice.id = self.next_id();
         if matches!(notice.what, What::Unavailable { .. }) && notice.alternatives.is_empty() {
-            notice.alternatives.clone_from(&self.alternatives);
+            notice.alternatives = self.alternatives();
         }
         let made = (notice.id.clone(), notice.target.clone());
         self.add(notice)?;

@@ -81,6 +81,7 @@ pub(crate) fn config() -> (ControlConfig, Publisher) {
         origin: Instant::now(),
         limits: Limits { resources_max: 100, ..Limits::default() },
         alternatives: Vec::new(),
+        zones: Vec::new(),
         maintenance: Vec::new(),
         decision_log: None,
         pull: control::PullConfig::default(),
