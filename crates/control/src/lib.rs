@@ -24,6 +24,7 @@ mod grpc;
 mod guarded;
 mod http;
 mod keeper;
+mod kept_tokens;
 mod metrics;
 mod notices;
 mod offers;
@@ -60,6 +61,7 @@ pub use crate::offers::Offers;
 pub use crate::provider::{DockerConfig, DockerEndpoint, ProviderConfig, ProviderKind};
 use crate::pull::Puller;
 pub use crate::pull::{Allowed, NotAllowed, PullConfig};
+use crate::remembered::Restored;
 pub use crate::security::{
     IdPattern, PatternError, PeerLimits, PeerRule, Role, SanPattern, SecurityConfig, TlsConfig, TlsError,
     UnknownRole, parse_network,
@@ -257,9 +259,7 @@ pub struct Control {
     offers: Option<oneshot::Sender<Offers>>,
     fetch_tls: fetch::Tls,
     clock: Clock,
-    keeper: Option<keeper::Keeper>,
-    /// Utilization scripts from before a restart.
-    followed: Vec<remembered::Followed>,
+    remembered: Restored,
 }
 
 impl std::fmt::Debug for Control {
@@ -301,10 +301,11 @@ impl Control {
         let (grpc, grpc_address) = bind("control.listen", config.listen).await?;
         let (http, http_address) = bind("http.listen", config.http).await?;
         let remembered = match config.store.take() {
-            Some(store) => Some(remembered::restore(store, &registry, &config.pools, clock).await?),
-            None => None,
+            Some(store) => {
+                remembered::restore(store, &registry, &config.pools, clock, &config.security).await?
+            }
+            None => Restored::default(),
         };
-        let (keeper, followed) = remembered.unzip();
         Ok(Self {
             config,
             registry,
@@ -317,8 +318,7 @@ impl Control {
             offers: None,
             fetch_tls,
             clock,
-            keeper,
-            followed: followed.unwrap_or_default(),
+            remembered,
         })
     }
 
@@ -351,9 +351,10 @@ impl Control {
     pub async fn run(self, phase: watch::Receiver<Phase>) -> Result<(), RunError> {
         let config = self.config;
         let clock = self.clock;
+        let Restored { keeper, followed, tokens } = self.remembered;
         let shared = Arc::new(Shared {
             registry: self.registry,
-            security: Arc::new(Security::new(config.security, self.tls, clock)),
+            security: Arc::new(Security::new(config.security, self.tls, clock, tokens)),
             clock,
             notices: Notices::new(&config.balancer_id, config.alternatives, clock),
             pools: config.pools,
@@ -367,7 +368,7 @@ impl Control {
             phase: phase.clone(),
             reserved: provider::Reserved::of(&config.providers),
             dns: config.dns,
-            keeper: self.keeper,
+            keeper,
         });
         tick::start(Arc::clone(&shared))?;
         if let Some(offers) = self.offers {
@@ -383,7 +384,7 @@ impl Control {
             self.decision_log.map(|writer| tokio::spawn(decision_log::run(writer, Arc::clone(&shared))));
         let keeping = tokio::spawn(keeper::run(Arc::clone(&shared)));
         let remembering = tokio::spawn(remembered::run(Arc::clone(&shared)));
-        remembered::follow(&shared, self.followed);
+        remembered::follow(&shared, followed);
         let providers: Vec<_> = config
             .providers
             .into_iter()
