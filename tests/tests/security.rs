@@ -23,6 +23,11 @@ struct Site {
 
 impl Site {
     fn start() -> Self {
+        Self::start_with(|_| String::new())
+    }
+
+    /// Also with what is said of a folder of its own.
+    fn start_with(further: impl FnOnce(&Pki) -> String) -> Self {
         let (pki, mut config) = (Pki::new(), BalancerConfig::default());
         pki.issue("balancer", &["--server", "--ip", &config.control.ip().to_string()]);
         pki.issue("admin", &["--client", "--uri", "spiffe://example/admin"]);
@@ -37,6 +42,7 @@ impl Site {
         ] {
             config.further += &format!("[[control.peer]]\n{peer}\n");
         }
+        config.further += &further(&pki);
         Self { balancer: Balancer::start(config), pki }
     }
 
@@ -354,6 +360,61 @@ fn nobody_reports_for_another_or_ends_it() {
 }
 
 #[test]
+fn tokens_and_owners_outlive_a_balancer_that_is_killed() {
+    let mut site = Site::start_with(|pki| format!("[store]\npath = {:?}\n", pki.path("trimtab.db")));
+    site.resource("one");
+    site.resource("two");
+    let once = site.token("once", &["--pool", "sql", "--uses", "1"]);
+    let later = site.token("later", &["--pool", "sql"]);
+    let revoked = site.token("revoked", &["--pool", "sql"]);
+    let _by_token = site.agent("by-token", "sql", ADDRESS, &once.shows);
+    let _of_revoked = site.agent("of-revoked", "sql", ADDRESS, &revoked.shows);
+    site.until_ready("by-token");
+    site.until_ready("of-revoked");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        site.client("one").await.register(register("mine", 7)).await.expect("it may");
+    });
+    site.admin(&["token", "revoke", revoked.id()]);
+    site.balancer.process().kill();
+    site.balancer.start_again();
+    site.balancer.wait_until_ready();
+
+    let listed = site.admin(&["resources"]);
+    assert!(listed.contains("mine") && !listed.contains("of-revoked"), "{listed}");
+    runtime.block_on(async {
+        let (mut one, mut two) = (site.client("one").await, site.client("two").await);
+        for refused in [
+            two.register(register("mine", 8)).await.map(drop),
+            report_once(&mut two, "mine", 7).await,
+            two.deregister(DeregisterRequest { id: "mine".into(), incarnation: 9 }).await.map(drop),
+        ] {
+            let refused = refused.expect_err("it is another's");
+            assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
+            assert!(refused.message().contains("spiffe://example/sql/one"), "{refused}");
+        }
+        report_once(&mut one, "mine", 7).await.expect("its own");
+    });
+    let tokens = site.admin(&["token", "list"]);
+    for (token, state) in [(&once, "used up"), (&later, "valid"), (&revoked, "revoked")] {
+        let line = tokens.lines().find(|line| line.starts_with(token.id())).expect("it is kept");
+        assert!(line.contains(state), "{line}");
+    }
+    // The resource that used it goes on, nobody else begins.
+    site.until_ready("by-token");
+    says(&mut site.agent("another", "sql", ADDRESS, &once.shows), "the token is used up");
+    says(&mut site.agent("another", "sql", ADDRESS, &revoked.shows), "the token was revoked");
+    let _joins = site.agent("joins", "sql", ADDRESS, &later.shows);
+    site.until_ready("joins");
+    until("the rows of what joined by a revoked token are gone", || {
+        let file = rusqlite::Connection::open(site.pki.path("trimtab.db")).expect("a SQLite file");
+        file.busy_timeout(PATIENCE).expect("a number");
+        let left = "SELECT count(*) FROM resources WHERE id = 'of-revoked'";
+        (file.query_row(left, [], |row| row.get(0)) == Ok(0)).then_some(())
+    });
+}
+
+#[test]
 fn administrators_need_their_role() {
     let site = Site::start();
     let resource = site.resource("one");
@@ -434,6 +495,7 @@ fn no_secret_is_said() {
     let token = made.stdout.trim();
     let secret = token.rsplit('_').next().expect("a secret");
     assert_eq!(secret.len(), 64, "{made:?}");
+    assert!(made.stderr.contains("the token is forgotten when it ends"), "{made:?}");
     let kept = tempfile::NamedTempFile::new().expect("a temporary file");
     std::fs::write(kept.path(), token).expect("a file of our own");
 

@@ -22,6 +22,8 @@ use crate::scrape::Page;
 
 /// As `trimtab agent` does unless it is told otherwise.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// Resources that join before the next ones do.
+const JOIN_AT_ONCE: usize = 500;
 /// A row of the table.
 const ROW: Duration = Duration::from_secs(60);
 
@@ -86,15 +88,21 @@ async fn watch(
     seconds: u64,
     say: &mut dyn FnMut(&str),
 ) -> anyhow::Result<Vec<Row>> {
-    let streams = streams::open_over(control, 0..resources, Content::Agent, INTERVAL, 1).await?;
     let (acked, late) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
     let mut reporting = JoinSet::new();
-    let begin = Instant::now();
-    for (place, stream) in streams.into_iter().enumerate() {
-        // Spread over the interval, as agents that started at different times are.
-        let first = begin + INTERVAL.mul_f64(place as f64 / resources as f64);
-        reporting.spawn(report(stream, first, Arc::clone(&acked), Arc::clone(&late)));
+    // Those that have joined report while others join: a lease is no longer than three reports.
+    for from in (0..resources).step_by(JOIN_AT_ONCE) {
+        let some = from..(from + JOIN_AT_ONCE).min(resources);
+        let streams = streams::open_over(control, some, Content::Agent, INTERVAL, 1).await?;
+        let now = Instant::now();
+        for (place, stream) in streams.into_iter().enumerate() {
+            // Spread over the interval, as agents that started at different times are.
+            let first = now + INTERVAL.mul_f64(place as f64 / JOIN_AT_ONCE as f64);
+            reporting.spawn(report(stream, first, Arc::clone(&acked), Arc::clone(&late)));
+        }
     }
+    let begin = Instant::now();
+    (acked.store(0, Relaxed), late.store(0, Relaxed));
     let cpu = |watched: &Watched<'_>| -> anyhow::Result<Duration> {
         Ok(watched.tree.cpu_time()? + process::softirq_thread_time(watched.cpu)?)
     };

@@ -217,7 +217,7 @@ impl AdminService for Admin {
         &self,
         request: Request<v1::CreateTokenRequest>,
     ) -> Result<Response<v1::CreateTokenResponse>, Status> {
-        crate::token_calls::create(&self.shared, request.into_inner()).map(Response::new)
+        crate::token_calls::create(&self.shared, request.into_inner()).await.map(Response::new)
     }
 
     async fn list_tokens(
@@ -232,7 +232,7 @@ impl AdminService for Admin {
         &self,
         request: Request<v1::RevokeTokenRequest>,
     ) -> Result<Response<v1::RevokeTokenResponse>, Status> {
-        crate::token_calls::revoke(&self.shared, &request.into_inner()).map(Response::new)
+        crate::token_calls::revoke(&self.shared, &request.into_inner()).await.map(Response::new)
     }
 }
 

@@ -15,7 +15,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use allocation::{PoolName, ResourceId, Timestamp};
 use api::v1::UtilizationScript;
@@ -30,6 +30,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tonic::Status;
 
 use crate::clock::Clock;
+use crate::kept_tokens::FLUSH_MAX;
 use crate::{Phase, Shared, reached};
 
 /// How often what was reported is given to the store; with the time to write it, less than a second is lost at worst.
@@ -73,7 +74,7 @@ impl Keeper {
         self.writer.stats()
     }
 
-    /// For whatever else is kept: notices, tokens.
+    /// For whatever else is kept: notices, and tokens (`kept_tokens`).
     pub(crate) fn writer(&self) -> &Writer {
         &self.writer
     }
@@ -116,6 +117,11 @@ impl Keeper {
         self.write(event, move |tables| tables.delete_resource(&id).map(|_| ()))
     }
 
+    /// Has the rows of a resource deleted that does not come back from them.
+    pub(crate) fn forget(&self, id: ResourceId) {
+        self.state().forget_later(id);
+    }
+
     /// Looks at what was asked to be deleted, and asks again for what was not.
     fn forget_again(&self, registry: &registry::Registry) {
         let mut state = self.state();
@@ -148,7 +154,7 @@ impl State {
 }
 
 /// Waits for the disk.
-async fn written(answer: store::Answer<()>) -> Result<(), StoreError> {
+pub(crate) async fn written(answer: store::Answer<()>) -> Result<(), StoreError> {
     match timeout(PATIENCE, answer).await {
         Ok(Ok(outcome)) => outcome,
         Ok(Err(_)) => Err(StoreError::Closed),
@@ -157,7 +163,7 @@ async fn written(answer: store::Answer<()>) -> Result<(), StoreError> {
 }
 
 /// What an operator is told whose change is in force and nowhere else.
-fn not_kept(error: &StoreError) -> Status {
+pub(crate) fn not_kept(error: &StoreError) -> Status {
     Status::unavailable(format!("it is done, but a restart would forget it: {error}"))
 }
 
@@ -399,9 +405,11 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         }
         keep(&shared, keeper).await;
         keeper.forget_again(&shared.registry);
+        shared.flush_tokens(FLUSH_MAX);
         if pruned.elapsed() >= PRUNE_EVERY {
             pruned = Instant::now();
             prune(keeper);
+            shared.prune_tokens(SystemTime::now());
         }
     }
 }
@@ -410,6 +418,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 pub(crate) async fn finish(shared: &Shared) {
     let Some(keeper) = &shared.keeper else { return };
     keep(shared, keeper).await;
+    shared.flush_tokens(usize::MAX);
     // History is written after all that was asked for before; the second transaction begins when the first is over.
     for _ in 0..2 {
         if let Err(error) = written(keeper.writer().run(|_| Ok(()))).await {
@@ -498,5 +507,6 @@ fn row(
         labels: registration.labels().clone(),
         scripts: utilization.into_iter().chain(notification).collect(),
         registered_ms,
+        owner: registration.owner().map(ToString::to_string),
     }
 }

@@ -24,6 +24,7 @@ mod grpc;
 mod guarded;
 mod http;
 mod keeper;
+mod kept_tokens;
 mod metrics;
 mod notices;
 mod offers;
@@ -61,6 +62,7 @@ pub use crate::offers::Offers;
 pub use crate::provider::{DockerConfig, DockerEndpoint, ProviderConfig, ProviderKind};
 use crate::pull::Puller;
 pub use crate::pull::{Allowed, NotAllowed, PullConfig};
+use crate::remembered::Restored;
 pub use crate::security::{
     IdPattern, PatternError, PeerLimits, PeerRule, Role, SanPattern, SecurityConfig, TlsConfig, TlsError,
     UnknownRole, parse_network,
@@ -260,9 +262,7 @@ pub struct Control {
     offers: Option<oneshot::Sender<Offers>>,
     fetch_tls: fetch::Tls,
     clock: Clock,
-    keeper: Option<keeper::Keeper>,
-    /// Utilization scripts from before a restart.
-    followed: Vec<remembered::Followed>,
+    remembered: Restored,
 }
 
 impl std::fmt::Debug for Control {
@@ -304,10 +304,11 @@ impl Control {
         let (grpc, grpc_address) = bind("control.listen", config.listen).await?;
         let (http, http_address) = bind("http.listen", config.http).await?;
         let remembered = match config.store.take() {
-            Some(store) => Some(remembered::restore(store, &registry, &config.pools, clock).await?),
-            None => None,
+            Some(store) => {
+                remembered::restore(store, &registry, &config.pools, clock, &config.security).await?
+            }
+            None => Restored::default(),
         };
-        let (keeper, followed) = remembered.unzip();
         Ok(Self {
             config,
             registry,
@@ -320,8 +321,7 @@ impl Control {
             offers: None,
             fetch_tls,
             clock,
-            keeper,
-            followed: followed.unwrap_or_default(),
+            remembered,
         })
     }
 
@@ -356,9 +356,10 @@ impl Control {
         let config = self.config;
         let clock = self.clock;
         let named = !config.alternatives.is_empty();
+        let Restored { keeper, followed, tokens } = self.remembered;
         let shared = Arc::new(Shared {
             registry: self.registry,
-            security: Arc::new(Security::new(config.security, self.tls, clock)),
+            security: Arc::new(Security::new(config.security, self.tls, clock, tokens)),
             clock,
             notices: Notices::new(&config.balancer_id, config.alternatives, clock),
             pools: config.pools,
@@ -372,7 +373,7 @@ impl Control {
             phase: phase.clone(),
             reserved: provider::Reserved::of(&config.providers),
             dns: config.dns,
-            keeper: self.keeper,
+            keeper,
         });
         tick::start(Arc::clone(&shared))?;
         if let Some(offers) = self.offers {
@@ -390,7 +391,7 @@ impl Control {
             self.decision_log.map(|writer| tokio::spawn(decision_log::run(writer, Arc::clone(&shared))));
         let keeping = tokio::spawn(keeper::run(Arc::clone(&shared)));
         let remembering = tokio::spawn(remembered::run(Arc::clone(&shared)));
-        remembered::follow(&shared, self.followed);
+        remembered::follow(&shared, followed);
         let providers: Vec<_> = config
             .providers
             .into_iter()

@@ -68,6 +68,7 @@ impl RegistrationService for Registrar {
         let (id, pool, address) =
             (registration.id().clone(), registration.pool().clone(), registration.address());
         shared.say_beneath(&id, beneath)?;
+        shared.keep_use(&joining).await?;
         let refused = |error| register_refused(shared, &caller, error);
         let registered =
             shared.register(registration, script.as_ref().map(|(_, wire)| wire), refused).await?;

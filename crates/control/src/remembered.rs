@@ -13,7 +13,7 @@ use allocation::ResourceId;
 use api::v1::{RegisterRequest, Resource, UtilizationScript};
 use prost::Message as _;
 use registry::versions::{Measure, Reason};
-use registry::{Chunk, Registration, Registry, Remembered, Unconfirmed};
+use registry::{Chunk, Owner, Registration, Registry, Remembered, Unconfirmed};
 use store::{Contents, ScriptKind, Store, VersionSetting};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -21,9 +21,10 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::clock::Clock;
 use crate::keeper::Keeper;
-use crate::parse;
 use crate::pull::{Puller, Script};
-use crate::{Pool, Shared, StartError};
+use crate::security::{NotHis, SecurityConfig};
+use crate::tokens::TokenBook;
+use crate::{Pool, Shared, StartError, kept_tokens, parse};
 
 /// How long a resource that neither answers nor reports is remembered: a host that is being mended comes back within it.
 const LEASE: Duration = Duration::from_secs(3600);
@@ -40,6 +41,15 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// Shares that differ by less are the same, rounded.
 const SAME_SHARE: f64 = 1e-4;
 
+/// What was before.
+#[derive(Default)]
+pub(crate) struct Restored {
+    pub(crate) keeper: Option<Keeper>,
+    /// Utilization scripts that are to be followed again.
+    pub(crate) followed: Vec<Followed>,
+    pub(crate) tokens: TokenBook,
+}
+
 /// Takes back what the store remembers, connects to who is in it, and publishes the first tables.
 ///
 /// # Errors
@@ -49,10 +59,12 @@ pub(crate) async fn restore(
     registry: &Registry,
     pools: &[Pool],
     clock: Clock,
-) -> Result<(Keeper, Vec<Followed>), StartError> {
+    security: &SecurityConfig,
+) -> Result<Restored, StartError> {
     let Contents { resources, capabilities, versions } = store.load()?;
+    let tokens = kept_tokens::load(&store)?;
     let path = store.path().display().to_string();
-    let writer = store.start().map_err(StartError::StoreThread)?;
+    let keeper = Keeper::new(store.start().map_err(StartError::StoreThread)?, clock);
     for (id, labels) in capabilities {
         let restored = id
             .parse::<ResourceId>()
@@ -68,7 +80,18 @@ pub(crate) async fn restore(
     let (stored, mut restored, mut followed) = (resources.len(), 0, Vec::new());
     for remembered in resources {
         let id = remembered.resource.id.clone();
-        match restore_resource(registry, remembered, clock) {
+        let owner = remembered.resource.owner.as_deref().map(Owner::new);
+        let owner = match owner.map(|owner| security.owner_now(owner, &tokens)).transpose() {
+            Ok(owner) => owner.flatten(),
+            Err(why) => {
+                tracing::warn!(id, %why, "a resource of the store is left out");
+                if let (NotHis::Token, Ok(id)) = (why, id.parse()) {
+                    keeper.forget(id);
+                }
+                continue;
+            }
+        };
+        match restore_resource(registry, remembered, owner, clock) {
             Ok(script) => {
                 restored += 1;
                 followed.extend(script);
@@ -76,7 +99,6 @@ pub(crate) async fn restore(
             Err(error) => tracing::warn!(id, error, "a resource of the store is left out; its rows are kept"),
         }
     }
-    let keeper = Keeper::new(writer, clock);
     let mut probes = Probes::default();
     // What is not over by then goes on when control runs.
     let _ = timeout(FIRST_ROUND, probes.round(registry, clock, || ())).await;
@@ -92,7 +114,7 @@ pub(crate) async fn restore(
         answering = probes.answering(),
         "remembered what was before"
     );
-    Ok((keeper, followed))
+    Ok(Restored { keeper: Some(keeper), followed, tokens })
 }
 
 fn restore_version(registry: &Registry, setting: &VersionSetting) {
@@ -118,12 +140,14 @@ pub(crate) type Followed = (Registration, Script, UtilizationScript);
 fn restore_resource(
     registry: &Registry,
     remembered: store::Remembered,
+    owner: Option<Owner>,
     clock: Clock,
 ) -> Result<Option<Followed>, String> {
     let store::Remembered { resource, ready, drained, estimates, history } = remembered;
     // What was let in by its message is let in by it again, or not at all.
     let (registration, script) =
         parse::registration(request(resource)?).map_err(|error| error.to_string())?;
+    let registration = registration.owned_by(owner);
     let followed = script.map(|(script, wire)| (registration.clone(), script, wire));
     let id = registration.id().clone();
     let estimates = estimates.map(|estimates| registry::Estimates {

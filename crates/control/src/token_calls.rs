@@ -7,12 +7,13 @@ use ring::rand::{SecureRandom as _, SystemRandom};
 use tonic::Status;
 
 use crate::Shared;
+use crate::keeper::not_kept;
 use crate::parse;
 use crate::registration::invalid;
 use crate::security::{Role, UnknownRole};
 use crate::tokens::{CreateError, NewToken, SEED_BYTES, TokenId, TokenRecord};
 
-pub(crate) fn create(
+pub(crate) async fn create(
     shared: &Shared,
     request: v1::CreateTokenRequest,
 ) -> Result<v1::CreateTokenResponse, Status> {
@@ -21,14 +22,28 @@ pub(crate) fn create(
     let drawn = SystemRandom::new().fill(&mut seed);
     drawn.map_err(|_| Status::internal("the system gives no random bytes"))?;
     let (role, pools, ttl, uses_max) = (new.role, new.pools.clone(), new.ttl, new.uses_max);
-    let made = shared.security.tokens().create(new, &seed, SystemTime::now());
-    let (id, secret) = made.map_err(|error| match error {
-        CreateError::Full => Status::resource_exhausted(error.to_string()),
-        CreateError::Collision => Status::unavailable(error.to_string()),
-        _ => Status::invalid_argument(error.to_string()),
-    })?;
+    let (id, secret, writing) = {
+        let mut book = shared.security.tokens();
+        let made = book.create(new, &seed, SystemTime::now());
+        let (id, secret) = made.map_err(|error| match error {
+            CreateError::Full => Status::resource_exhausted(error.to_string()),
+            CreateError::Collision => Status::unavailable(error.to_string()),
+            _ => Status::invalid_argument(error.to_string()),
+        })?;
+        let change = book.take_token(&id);
+        let writing = shared.write_tokens(&mut book, change);
+        (id, secret, writing)
+    };
+    let kept = writing.is_some();
+    if let Some(writing) = writing
+        && let Err(error) = writing.written().await
+    {
+        // Nobody has it.
+        shared.security.tokens().forget(&id);
+        return Err(Status::unavailable(format!("the balancer cannot remember the token: {error}")));
+    }
     tracing::info!(token = %id, role = role.name(), ?pools, ?ttl, ?uses_max, "an operator made a token");
-    Ok(v1::CreateTokenResponse { id: id.to_string(), token: secret.reveal().to_owned() })
+    Ok(v1::CreateTokenResponse { id: id.to_string(), token: secret.reveal().to_owned(), kept })
 }
 
 fn parse(shared: &Shared, request: v1::CreateTokenRequest) -> Result<NewToken, Status> {
@@ -71,15 +86,34 @@ pub(crate) fn list(shared: &Shared) -> v1::ListTokensResponse {
     v1::ListTokensResponse { tokens: records.iter().map(|record| status(record)).collect() }
 }
 
-pub(crate) fn revoke(
+pub(crate) async fn revoke(
     shared: &Shared,
     request: &v1::RevokeTokenRequest,
 ) -> Result<v1::RevokeTokenResponse, Status> {
     let unknown = || Status::not_found(format!("there is no token {:?}", request.id));
     let id = TokenId::parse(&request.id).ok_or_else(unknown)?;
-    if !shared.security.tokens().revoke(&id) {
-        return Err(unknown());
-    }
+    let writing = {
+        let mut book = shared.security.tokens();
+        if !book.revoke(&id) {
+            return Err(unknown());
+        }
+        let change = book.take_token(&id);
+        shared.write_tokens(&mut book, change)
+    };
     tracing::info!(token = %id, "an operator revoked a token");
+    end_remembered(shared, &id);
+    if let Some(writing) = writing {
+        writing.written().await.map_err(|error| not_kept(&error))?;
+    }
     Ok(v1::RevokeTokenResponse {})
+}
+
+/// What reports has no report taken any more, and its lease ends; what is only remembered would stay while it answers.
+fn end_remembered(shared: &Shared, token: &TokenId) {
+    let owner = token.owner();
+    for of in shared.registry.unconfirmed() {
+        if shared.registry.owner(&of.id).flatten().as_ref() == Some(&owner) {
+            shared.remove(&of.id, of.incarnation, "its token was revoked");
+        }
+    }
 }

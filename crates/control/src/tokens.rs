@@ -5,8 +5,9 @@
 //! ```
 //!
 //! * It owns what is known of tokens, and decides; it is pure: time and randomness are arguments, and what is to be kept
-//!   beyond the process is given out as records ([`TokenBook::take_changes`]) and taken back at a start
-//!   ([`TokenBook::load`]).
+//!   beyond the process is given out as changes ([`TokenBook::take_changes`]) and taken back at a start
+//!   ([`TokenBook::load`]). A change says how something is now and not what was done, so that whoever could not write it
+//!   may try again later, in any order.
 //! * A token is `trimtab_ID_SECRET`: an id that may be shown, and 256 random bits that are printed once and not kept.
 //!   What is kept is their SHA-256. That is enough here, where it would not be for a password: nobody can guess 256
 //!   random bits, however cheap a guess is, and a slow hash would give every peer a way to keep our processor busy.
@@ -36,7 +37,14 @@ pub const ENTRIES_MAX: usize = 64;
 /// Longest life.
 pub const TTL_MAX: Duration = Duration::from_secs(10 * 365 * 86_400);
 
+/// How long a token is shown that expired: whoever asks why nobody joins by it finds the answer.
+const EXPIRED_KEPT: Duration = Duration::from_secs(86_400);
+/// Most things to be undone that are noted for whoever keeps tokens; what is beyond stays written: a use too many, or a token
+/// that nobody has.
+const UNDONE_MAX: usize = 10_000;
+
 const PREFIX: &str = "trimtab";
+const OWNER_PREFIX: &str = "token:";
 /// 48 bits: 10,000 tokens collide by chance once in some five million books; a collision is drawn again.
 const ID_BYTES: usize = 6;
 const SECRET_BYTES: usize = 32;
@@ -61,7 +69,12 @@ impl TokenId {
 
     /// Whose registrations are that were made with it.
     pub fn owner(&self) -> Owner {
-        Owner::new(&format!("token:{}", self.0))
+        Owner::new(&format!("{OWNER_PREFIX}{}", self.0))
+    }
+
+    /// The token by which this owner's registrations were made; `None`: by none.
+    pub(crate) fn of_owner(owner: &Owner) -> Option<Self> {
+        Self::parse(owner.as_str().strip_prefix(OWNER_PREFIX)?)
     }
 }
 
@@ -136,6 +149,11 @@ impl TokenRecord {
 
     fn is_expired(&self, now: SystemTime) -> bool {
         self.expires <= now
+    }
+
+    /// Whether there is no more reason to show it.
+    fn is_over(&self, now: SystemTime) -> bool {
+        self.expires + EXPIRED_KEPT <= now
     }
 
     fn is_used_up(&self) -> bool {
@@ -230,21 +248,35 @@ impl Verified {
 struct Kept {
     record: Arc<TokenRecord>,
     revoked: Arc<AtomicBool>,
+    /// Uses that are counted and may come to nothing, with how many registrations are under way for each.
+    joining: BTreeMap<ResourceId, u32>,
 }
 
 impl Kept {
     fn new(record: TokenRecord) -> Self {
-        Self { revoked: Arc::new(AtomicBool::new(record.revoked)), record: Arc::new(record) }
+        let revoked = Arc::new(AtomicBool::new(record.revoked));
+        Self { revoked, record: Arc::new(record), joining: BTreeMap::new() }
     }
 }
 
 /// What is to be written down of a token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TokenChange {
-    /// It is new, or something of it is.
-    Put(TokenRecord),
-    /// It is kept no longer.
+    /// It is this, but for its uses.
+    Put(Arc<TokenRecord>),
+    /// It is kept no longer, nor are its uses.
     Remove(TokenId),
+    /// A resource joined by it.
+    Use(TokenId, ResourceId),
+    /// A resource did not.
+    Unuse(TokenId, ResourceId),
+}
+
+/// What a change is of. A token comes before its uses: they refer to it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum What {
+    Token(TokenId),
+    Use(TokenId, ResourceId),
 }
 
 /// Every token.
@@ -252,7 +284,7 @@ pub enum TokenChange {
 pub struct TokenBook {
     tokens: BTreeMap<TokenId, Kept>,
     /// What [`Self::take_changes`] has not given out yet; `None`: nobody keeps it.
-    changed: Option<BTreeSet<TokenId>>,
+    changed: Option<BTreeSet<What>>,
 }
 
 impl TokenBook {
@@ -263,19 +295,69 @@ impl TokenBook {
         Self { tokens: kept.collect(), changed: Some(BTreeSet::new()) }
     }
 
-    /// What has changed since the last call, for whoever keeps it.
-    pub fn take_changes(&mut self) -> Vec<TokenChange> {
-        let changed = self.changed.as_mut().map(std::mem::take).unwrap_or_default();
-        let change = |id: TokenId| match self.tokens.get(&id) {
-            Some(kept) => TokenChange::Put(TokenRecord::clone(&kept.record)),
-            None => TokenChange::Remove(id),
-        };
-        changed.into_iter().map(change).collect()
+    /// Whether its tokens outlive it.
+    pub fn is_kept(&self) -> bool {
+        self.changed.is_some()
     }
 
-    fn note(&mut self, id: &TokenId) {
-        if let Some(changed) = &mut self.changed {
-            changed.insert(id.clone());
+    /// At most `most` of what has changed and is not taken yet, for whoever keeps it.
+    pub fn take_changes(&mut self, most: usize) -> Vec<TokenChange> {
+        let Some(changed) = &mut self.changed else { return vec![] };
+        let taken: Vec<What> = std::iter::from_fn(|| changed.pop_first()).take(most).collect();
+        taken.into_iter().filter_map(|what| self.change(what)).collect()
+    }
+
+    /// How a token is now, to be written at once, whether or not that is noted; `None`: nobody keeps it.
+    pub fn take_token(&mut self, id: &TokenId) -> Option<TokenChange> {
+        self.take(What::Token(id.clone()))
+    }
+
+    /// The same of a use.
+    pub fn take_use(&mut self, id: &TokenId, resource: &ResourceId) -> Option<TokenChange> {
+        self.take(What::Use(id.clone(), resource.clone()))
+    }
+
+    fn take(&mut self, what: What) -> Option<TokenChange> {
+        self.changed.as_mut()?.remove(&what);
+        self.change(what)
+    }
+
+    /// How it is now. The uses of a token that is gone went with it.
+    fn change(&self, what: What) -> Option<TokenChange> {
+        match what {
+            What::Token(id) => Some(match self.tokens.get(&id) {
+                Some(kept) => TokenChange::Put(Arc::clone(&kept.record)),
+                None => TokenChange::Remove(id),
+            }),
+            What::Use(id, resource) => match self.tokens.get(&id)?.record.used_by.contains(&resource) {
+                true => Some(TokenChange::Use(id, resource)),
+                false => Some(TokenChange::Unuse(id, resource)),
+            },
+        }
+    }
+
+    /// What was taken is not written: it is given out again, as it is then.
+    pub fn note_again(&mut self, changes: Vec<TokenChange>) {
+        for change in changes {
+            self.note(match change {
+                TokenChange::Put(record) => What::Token(record.id.clone()),
+                TokenChange::Remove(id) => What::Token(id),
+                TokenChange::Use(id, resource) | TokenChange::Unuse(id, resource) => What::Use(id, resource),
+            });
+        }
+    }
+
+    fn note(&mut self, what: What) {
+        let is_there = match &what {
+            What::Token(id) => self.tokens.contains_key(id),
+            What::Use(id, resource) => {
+                self.tokens.get(id).is_some_and(|kept| kept.record.used_by.contains(resource))
+            }
+        };
+        if let Some(changed) = &mut self.changed
+            && (is_there || changed.len() < UNDONE_MAX)
+        {
+            changed.insert(what);
         }
     }
 
@@ -310,7 +392,7 @@ impl TokenBook {
             revoked: false,
         };
         self.tokens.insert(id.clone(), Kept::new(record));
-        self.note(&id);
+        self.note(What::Token(id.clone()));
         let secret = Secret(format!("{PREFIX}_{id}_{secret}"));
         Ok((id, secret))
     }
@@ -320,15 +402,35 @@ impl TokenBook {
         if self.tokens.len() < TOKENS_MAX {
             return Ok(());
         }
-        let Self { tokens, changed } = self;
-        tokens.retain(|id, kept| {
-            let stays = !kept.record.revoked && !kept.record.is_expired(now);
-            if let Some(changed) = changed.as_mut().filter(|_| !stays) {
-                changed.insert(id.clone());
-            }
-            stays
-        });
-        if tokens.len() < TOKENS_MAX { Ok(()) } else { Err(CreateError::Full) }
+        self.retain(|record| !record.revoked && !record.is_expired(now));
+        if self.tokens.len() < TOKENS_MAX { Ok(()) } else { Err(CreateError::Full) }
+    }
+
+    /// Whether [`Self::prune`] may find something.
+    pub fn may_prune(&self, now: SystemTime) -> bool {
+        self.tokens.values().any(|kept| kept.record.is_over(now))
+    }
+
+    /// Drops what expired a day ago or more, and by which nothing is registered any more; gives how many those were.
+    pub fn prune(&mut self, now: SystemTime, is_owner: impl Fn(&Owner) -> bool) -> usize {
+        let before = self.tokens.len();
+        self.retain(|record| !record.is_over(now) || is_owner(&record.id.owner()));
+        before - self.tokens.len()
+    }
+
+    fn retain(&mut self, stays: impl Fn(&TokenRecord) -> bool) {
+        let leave = self.tokens.values().filter(|kept| !stays(&kept.record));
+        let leave: Vec<TokenId> = leave.map(|kept| kept.record.id.clone()).collect();
+        for id in leave {
+            self.forget(&id);
+        }
+    }
+
+    /// Drops a token: nobody has it.
+    pub fn forget(&mut self, id: &TokenId) {
+        if self.tokens.remove(id).is_some() {
+            self.note(What::Token(id.clone()));
+        }
     }
 
     /// Looks a token up that somebody shows. An expired one is given too: what joined by it may go on.
@@ -353,8 +455,8 @@ impl TokenBook {
         Ok(Verified { record: Arc::clone(&kept.record), revoked: Arc::clone(&kept.revoked) })
     }
 
-    /// Counts a resource that joins. True: it had not joined by this token before. A resource that comes again is no
-    /// further use.
+    /// Counts a resource that joins. True: it is not known yet to have joined by this token, and [`Self::joined`] or
+    /// [`Self::unjoin`] is to follow. A resource that comes again is no further use.
     ///
     /// # Errors
     /// When it may not.
@@ -367,22 +469,38 @@ impl TokenBook {
         if record.is_expired(now) {
             return Err(TokenError::Expired);
         }
-        if record.uses_max.is_none() || record.used_by.contains(resource) {
+        let is_counted = record.used_by.contains(resource);
+        if record.uses_max.is_none() || is_counted && !kept.joining.contains_key(resource) {
             return Ok(false);
         }
-        if record.is_used_up() {
-            return Err(TokenError::UsedUp);
+        if !is_counted {
+            if record.is_used_up() {
+                return Err(TokenError::UsedUp);
+            }
+            Arc::make_mut(&mut kept.record).used_by.insert(resource.clone());
         }
-        Arc::make_mut(&mut kept.record).used_by.insert(resource.clone());
-        self.note(id);
+        *kept.joining.entry(resource.clone()).or_default() += 1;
+        self.note(What::Use(id.clone(), resource.clone()));
         Ok(true)
     }
 
-    /// Takes [`Self::join`] back: the resource did not join after all.
-    pub fn unjoin(&mut self, id: &TokenId, resource: &ResourceId) {
+    /// The resource did join.
+    pub fn joined(&mut self, id: &TokenId, resource: &ResourceId) {
         if let Some(kept) = self.tokens.get_mut(id) {
+            kept.joining.remove(resource);
+        }
+    }
+
+    /// Takes [`Self::join`] back: the resource did not join after all, by this registration. It did if another was made
+    /// meanwhile.
+    pub fn unjoin(&mut self, id: &TokenId, resource: &ResourceId) {
+        let Some(kept) = self.tokens.get_mut(id) else { return };
+        let Some(others) = kept.joining.get_mut(resource) else { return };
+        *others -= 1;
+        if *others == 0 {
+            kept.joining.remove(resource);
             Arc::make_mut(&mut kept.record).used_by.remove(resource);
-            self.note(id);
+            self.note(What::Use(id.clone(), resource.clone()));
         }
     }
 
@@ -391,8 +509,13 @@ impl TokenBook {
         let Some(kept) = self.tokens.get_mut(id) else { return false };
         kept.revoked.store(true, Relaxed);
         Arc::make_mut(&mut kept.record).revoked = true;
-        self.note(id);
+        self.note(What::Token(id.clone()));
         true
+    }
+
+    /// Whether what joined by a token may stay: it is one of ours, and not revoked.
+    pub fn holds(&self, id: &TokenId) -> bool {
+        self.tokens.get(id).is_some_and(|kept| !kept.record.revoked)
     }
 
     /// All of them, by id.
@@ -490,6 +613,7 @@ mod tests {
         let mut book = TokenBook::default();
         let (token, secret) = book.create(for_sql(Some(2)), &[1; SEED_BYTES], at(0)).unwrap();
         assert_eq!(book.join(&token, &id("a"), at(0)), Ok(true));
+        book.joined(&token, &id("a"));
         assert_eq!(book.join(&token, &id("a"), at(1)), Ok(false), "the same again");
         assert_eq!(book.join(&token, &id("b"), at(1)), Ok(true));
         assert_eq!(book.join(&token, &id("c"), at(1)), Err(TokenError::UsedUp));
@@ -549,25 +673,71 @@ mod tests {
             book.create(for_sql(Some(1)), &seed(n), at(0)).unwrap();
         }
         assert_eq!(book.create(for_sql(None), &seed(TOKENS_MAX), at(1)).unwrap_err(), CreateError::Full);
-        let records: Vec<TokenRecord> = book
-            .take_changes()
-            .into_iter()
-            .map(|change| match change {
-                TokenChange::Put(record) => record,
-                TokenChange::Remove(id) => panic!("{id} was never kept"),
-            })
-            .collect();
+        let first = book.take_changes(1);
+        let changes = [first, book.take_changes(usize::MAX)].concat();
+        let records = changes.into_iter().map(|change| match change {
+            TokenChange::Put(record) => TokenRecord::clone(&record),
+            other => panic!("{other:?}"),
+        });
+        let records: Vec<TokenRecord> = records.collect();
         assert_eq!(records.len(), TOKENS_MAX);
-        assert!(book.take_changes().is_empty());
+        assert!(book.take_changes(usize::MAX).is_empty());
 
         let mut again = TokenBook::load(records);
-        assert!(again.take_changes().is_empty());
-        let first = again.list()[0].id.clone();
-        again.join(&first, &id("a"), at(1)).unwrap();
-        assert!(matches!(&again.take_changes()[..], [TokenChange::Put(record)] if record.used_by.len() == 1));
+        assert!(again.take_changes(usize::MAX).is_empty());
         again.create(for_sql(None), &seed(TOKENS_MAX), at(60)).unwrap();
-        let changes = again.take_changes();
+        let changes = again.take_changes(usize::MAX);
         assert_eq!(changes.len(), TOKENS_MAX + 1);
         assert_eq!(changes.iter().filter(|change| matches!(change, TokenChange::Put(_))).count(), 1);
+    }
+    #[test]
+    fn a_change_that_was_not_written_is_given_out_again_as_it_is_then() {
+        let mut book = TokenBook::load(vec![]);
+        let (token, _) = book.create(for_sql(Some(1)), &[1; SEED_BYTES], at(0)).unwrap();
+        let put = |book: &TokenBook| TokenChange::Put(Arc::clone(&book.list()[0]));
+        assert_eq!(book.take_token(&token), Some(put(&book)));
+        assert!(book.take_changes(9).is_empty(), "it is taken");
+        assert!(book.join(&token, &id("a"), at(1)).unwrap());
+        let used = TokenChange::Use(token.clone(), id("a"));
+        assert_eq!(book.take_use(&token, &id("a")), Some(used.clone()));
+        book.note_again(vec![used, put(&book)]);
+        book.unjoin(&token, &id("a"));
+        assert_eq!(book.take_changes(9), [put(&book), TokenChange::Unuse(token.clone(), id("a"))]);
+        book.forget(&token);
+        book.note_again(vec![TokenChange::Use(token.clone(), id("a"))]);
+        assert_eq!(book.take_changes(9), [TokenChange::Remove(token)]);
+        let mut of_nobody = TokenBook::default();
+        let (token, _) = of_nobody.create(for_sql(Some(1)), &[1; SEED_BYTES], at(0)).unwrap();
+        assert_eq!((of_nobody.is_kept(), of_nobody.take_token(&token)), (false, None));
+        assert!(of_nobody.take_changes(9).is_empty());
+    }
+
+    #[test]
+    fn of_two_registrations_of_a_resource_one_makes_the_use() {
+        let mut book = TokenBook::default();
+        let (token, _) = book.create(for_sql(Some(1)), &[1; SEED_BYTES], at(0)).unwrap();
+        for _ in 0..2 {
+            assert_eq!(book.join(&token, &id("a"), at(0)), Ok(true), "neither is made yet");
+        }
+        book.unjoin(&token, &id("a"));
+        assert_eq!(book.join(&token, &id("b"), at(0)), Err(TokenError::UsedUp));
+        book.joined(&token, &id("a"));
+        book.unjoin(&token, &id("a"));
+        assert_eq!(book.join(&token, &id("a"), at(0)), Ok(false));
+        assert_eq!(book.list()[0].state(at(0)), "used up");
+    }
+
+    #[test]
+    fn what_expired_is_dropped_when_nothing_is_there_by_it() {
+        let mut book = TokenBook::load(vec![]);
+        let (token, secret) = book.create(for_sql(None), &[1; SEED_BYTES], at(0)).unwrap();
+        assert_eq!(TokenId::of_owner(&token.owner()), Some(token.clone()));
+        let over = at(60) + EXPIRED_KEPT;
+        assert!(!book.may_prune(over - Duration::from_secs(1)) && book.may_prune(over));
+        assert_eq!(book.prune(over, |owner| *owner == token.owner()), 0);
+        assert!(book.verify(secret.reveal()).is_ok());
+        assert_eq!(book.prune(over, |_| false), 1);
+        assert_eq!(book.verify(secret.reveal()).unwrap_err(), TokenError::Unknown);
+        assert_eq!(book.take_changes(9), [TokenChange::Remove(token)]);
     }
 }

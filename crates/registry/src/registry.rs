@@ -1,6 +1,6 @@
 //! The registry: every resource by id, each in the slot of a pool.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -583,6 +583,11 @@ impl Registry {
     /// Whose a resource is: `None`, there is no such resource; `Some(None)`, nobody's in particular.
     pub fn owner(&self, id: &ResourceId) -> Option<Option<Owner>> {
         self.resources.get(id).map(|entry| entry.registration.owner().cloned())
+    }
+
+    /// Everyone to whom something belongs.
+    pub fn owners(&self) -> HashSet<Owner> {
+        self.resources.iter().filter_map(|entry| entry.registration.owner().cloned()).collect()
     }
 
     /// Removes a resource that is nobody's in particular, and everything kept of it. True: it was there.

@@ -22,6 +22,7 @@ fn resource(n: usize) -> Resource {
         labels: BTreeMap::from([("zone".into(), "a".into()), ("role".into(), "writer".into())]),
         scripts: Vec::new(),
         registered_ms: 0,
+        owner: None,
     }
 }
 

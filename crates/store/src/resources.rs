@@ -34,6 +34,8 @@ pub struct Resource {
     pub scripts: Vec<Script>,
     /// When it registered, in milliseconds since 1970.
     pub registered_ms: u64,
+    /// Whose it is; `None`: nobody's in particular.
+    pub owner: Option<String>,
 }
 
 /// How a resource is asked for its utilization, or told of notices.
@@ -128,7 +130,7 @@ impl Tables<'_> {
     fn update(&self, key: i64, resource: &Resource) -> Result<(), StoreError> {
         self.execute(
             "UPDATE resources SET pool = ?2, incarnation = ?3, version = ?4, flows_max = ?5, weight = ?6,
-             report_interval_ms = ?7, registered_ms = ?8 WHERE key = ?1",
+             report_interval_ms = ?7, registered_ms = ?8, owner = ?9 WHERE key = ?1",
             params![
                 key,
                 resource.pool,
@@ -138,6 +140,7 @@ impl Tables<'_> {
                 resource.weight,
                 resource.report_interval_ms as i64,
                 resource.registered_ms as i64,
+                resource.owner,
             ],
         )?;
         Ok(())
@@ -146,8 +149,9 @@ impl Tables<'_> {
     fn insert(&self, resource: &Resource) -> Result<i64, StoreError> {
         let key = self.first(
             "INSERT INTO resources
-             (id, pool, incarnation, version, flows_max, weight, report_interval_ms, ready, drained, registered_ms)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 1, 0, ?8) RETURNING key",
+             (id, pool, incarnation, version, flows_max, weight, report_interval_ms, ready, drained, registered_ms,
+              owner)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 1, 0, ?8, ?9) RETURNING key",
             params![
                 resource.id,
                 resource.pool,
@@ -157,6 +161,7 @@ impl Tables<'_> {
                 resource.weight,
                 resource.report_interval_ms as i64,
                 resource.registered_ms as i64,
+                resource.owner,
             ],
             |row| row.get(0),
         )?;
@@ -218,7 +223,7 @@ impl Tables<'_> {
         let mut history = self.history()?;
         let rows = self.all(
             "SELECT key, id, pool, incarnation, version, flows_max, weight, report_interval_ms, ready, drained,
-             registered_ms FROM resources ORDER BY id",
+             registered_ms, owner FROM resources ORDER BY id",
             [],
             |row| {
                 let key: i64 = row.get(0)?;
@@ -236,6 +241,7 @@ impl Tables<'_> {
                     labels,
                     scripts,
                     registered_ms: row.get::<_, i64>(10)? as u64,
+                    owner: row.get(11)?,
                 };
                 Ok(Remembered {
                     resource,

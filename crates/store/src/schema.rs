@@ -47,7 +47,8 @@ fn resources_and_settings(transaction: &Transaction<'_>) -> rusqlite::Result<()>
             report_interval_ms INTEGER NOT NULL,
             ready              INTEGER NOT NULL CHECK (ready IN (0, 1)),    -- by its newest report
             drained            INTEGER NOT NULL CHECK (drained IN (0, 1)),  -- by an operator
-            registered_ms      INTEGER NOT NULL
+            registered_ms      INTEGER NOT NULL,
+            owner              TEXT               -- whose it is; NULL: nobody's in particular
         ) STRICT;
 
         CREATE TABLE addresses (
@@ -145,21 +146,32 @@ fn tokens(transaction: &Transaction<'_>) -> rusqlite::Result<()> {
     transaction.execute_batch(
         "
         CREATE TABLE tokens (
-            name       TEXT    PRIMARY KEY,
-            salt       BLOB    NOT NULL,
-            hash       BLOB    NOT NULL,
+            id         TEXT    PRIMARY KEY,
+            hash       BLOB    NOT NULL CHECK (length(hash) = 32),  -- SHA-256 of 256 random bits
             role       TEXT    NOT NULL CHECK (role IN ('resource', 'admin')),
-            pool       TEXT,               -- NULL: any
             created_ms INTEGER NOT NULL,
-            expires_ms INTEGER,            -- NULL: never
-            uses_left  INTEGER CHECK (uses_left >= 0),  -- NULL: any number
+            expires_ms INTEGER NOT NULL,
+            uses_max   INTEGER CHECK (uses_max > 0),  -- NULL: any number
             revoked    INTEGER NOT NULL CHECK (revoked IN (0, 1))
         ) STRICT, WITHOUT ROWID;
 
+        CREATE TABLE token_pools (
+            token TEXT NOT NULL REFERENCES tokens (id) ON DELETE CASCADE,
+            pool  TEXT NOT NULL,
+            PRIMARY KEY (token, pool)
+        ) STRICT, WITHOUT ROWID;
+
         CREATE TABLE token_cidrs (
-            token TEXT NOT NULL REFERENCES tokens (name) ON DELETE CASCADE,
+            token TEXT NOT NULL REFERENCES tokens (id) ON DELETE CASCADE,
             cidr  TEXT NOT NULL,
             PRIMARY KEY (token, cidr)
+        ) STRICT, WITHOUT ROWID;
+
+        -- By id and not by key: a resource that has left was a use all the same.
+        CREATE TABLE token_uses (
+            token    TEXT NOT NULL REFERENCES tokens (id) ON DELETE CASCADE,
+            resource TEXT NOT NULL,
+            PRIMARY KEY (token, resource)
         ) STRICT, WITHOUT ROWID;
         ",
     )
@@ -184,7 +196,8 @@ mod tests {
             let mut connection = Connection::open_in_memory().unwrap();
             migrate_to(&mut connection, older).unwrap();
             if older > 0 {
-                let insert = "INSERT INTO resources VALUES (7, 'pg1', 'sql', 1, '', 0, 1.0, 1000, 1, 0, 5)";
+                let insert =
+                    "INSERT INTO resources VALUES (7, 'pg1', 'sql', 1, '', 0, 1.0, 1000, 1, 0, 5, NULL)";
                 connection.execute(insert, []).unwrap();
             }
             migrate(&mut connection).unwrap();

@@ -1,6 +1,6 @@
 //! The store on a real disk: what was answered is there again, whatever refuses it says what to do.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
@@ -65,6 +65,7 @@ fn resource(id: &str, incarnation: u64) -> Resource {
         labels: BTreeMap::from([("role".into(), "writer".into())]),
         scripts: vec![Script { kind: ScriptKind::Utilization, specification: b"http://10.0.0.1/".to_vec() }],
         registered_ms: 1_700_000_000_000,
+        owner: Some("spiffe://example/sql/pg1".into()),
     }
 }
 
@@ -95,7 +96,10 @@ fn what_was_answered_is_there_again() {
     let lab = Lab::new();
     let writer = lab.writer();
     put(&writer, resource("pg1", u64::MAX));
-    put(&writer, Resource { probe_address: None, labels: BTreeMap::new(), ..resource("pg2", 1) });
+    put(
+        &writer,
+        Resource { probe_address: None, labels: BTreeMap::new(), owner: None, ..resource("pg2", 1) },
+    );
     assert!(writer.keep(vec![kept("pg1", u64::MAX, 50_000), kept("gone", 1, 1), kept("pg2", 7, 1)]));
     let setting = VersionSetting {
         pool: "sql".into(),
@@ -119,7 +123,7 @@ fn what_was_answered_is_there_again() {
     assert_eq!(contents.versions, [setting]);
     let [pg1, pg2] = contents.resources.as_slice() else { panic!("two resources") };
     assert_eq!(pg1.resource, resource("pg1", u64::MAX));
-    assert_eq!((pg1.ready, pg1.drained), (false, false));
+    assert_eq!((pg1.ready, pg1.drained, &pg2.resource.owner), (false, false, &None));
     assert_eq!(pg1.estimates.as_ref(), Some(&kept("pg1", 1, 50_000).estimates));
     assert_eq!(pg1.history, kept("pg1", 1, 50_000).history);
     assert_eq!((pg2.ready, pg2.drained, pg2.estimates.clone()), (true, true, None), "of another incarnation");
@@ -131,9 +135,10 @@ fn a_newer_process_starts_anew_and_leaving_takes_every_row() {
     let writer = lab.writer();
     put(&writer, resource("pg1", 1));
     writer.keep(vec![kept("pg1", 1, 50_000), kept("pg1", 1, 60_000)]);
-    put(&writer, Resource { weight: 3.0, ..resource("pg1", 1) });
+    put(&writer, Resource { weight: 3.0, owner: None, ..resource("pg1", 1) });
     run(&writer, |tables| tables.set_drained("pg1", true)).unwrap();
     assert_eq!((lab.count("history"), lab.count("estimates")), (2, 1), "the same process keeps its history");
+    assert_eq!(lab.count("resources WHERE owner IS NULL"), 1, "whose it is was amended");
     put(&writer, resource("pg1", 2));
     assert_eq!((lab.count("history"), lab.count("estimates"), lab.count("resources")), (0, 0, 1));
     writer.keep(vec![kept("pg1", 2, 70_000)]);
@@ -190,44 +195,57 @@ fn notices_are_kept_until_they_are_taken_and_old() {
 }
 
 #[test]
-fn tokens_are_used_up_revoked_and_never_printed() {
+fn tokens_with_their_uses_come_back_and_are_never_printed() {
     let lab = Lab::new();
     let writer = lab.writer();
     let token = Token {
-        name: "ci".into(),
-        salt: vec![0xAB; 16],
-        hash: vec![0xCD; 32],
+        id: "0123456789ab".into(),
+        hash: [0xCD; 32],
         role: Role::Resource,
-        pool: Some("sql".into()),
+        pools: vec!["sql".into(), "web".into()],
         cidrs: vec!["10.0.0.0/8".into(), "fd00::/8".into()],
         created_ms: 1,
-        expires_ms: Some(9),
-        uses_left: Some(2),
+        expires_ms: 9,
+        uses_max: Some(2),
+        used_by: BTreeSet::new(),
         revoked: false,
     };
     let said = format!("{token:?}");
-    assert!(!said.contains("171") && !said.contains("205") && said.contains("ci"), "{said}");
-    let (first, again) = (token.clone(), token.clone());
-    run(&writer, move |tables| tables.insert_token(&first)).unwrap();
-    assert!(matches!(run(&writer, move |tables| tables.insert_token(&again)), Err(StoreError::Conflict(_))));
-    let unlimited = Token {
-        name: "ops".into(),
+    assert!(!said.contains("205") && !said.contains("hash") && said.contains("0123456789ab"), "{said}");
+    let put = |token: &Token| {
+        let token = token.clone();
+        run(&writer, move |tables| tables.put_token(&token))
+    };
+    let admin = Token {
+        id: "ba9876543210".into(),
         role: Role::Admin,
-        pool: None,
+        pools: vec![],
         cidrs: vec![],
-        uses_left: None,
+        uses_max: None,
         ..token.clone()
     };
-    let second = unlimited.clone();
-    run(&writer, move |tables| tables.insert_token(&second)).unwrap();
-    assert_eq!(run(&writer, |tables| tables.tokens()), Ok(vec![token, unlimited]));
-    let used = |name: &'static str| run(&writer, move |tables| tables.use_token(name)).unwrap();
-    assert_eq!([used("ci"), used("ci"), used("ci"), used("none")], [true, true, false, false]);
-    assert!(used("ops") && used("ops"));
-    assert_eq!(run(&writer, |tables| tables.revoke_token("ops")), Ok(true));
-    assert!(!used("ops"));
-    assert_eq!(run(&writer, |tables| tables.delete_token("ci")), Ok(true));
-    assert_eq!((lab.count("tokens"), lab.count("token_cidrs")), (1, 0));
+    put(&token).unwrap();
+    put(&admin).unwrap();
+    let used =
+        |resource: &'static str| run(&writer, move |tables| tables.use_token("0123456789ab", resource));
+    assert_eq!([used("pg1"), used("pg2"), used("pg1")], [Ok(()), Ok(()), Ok(())]);
+    let unknown = run(&writer, |tables| tables.use_token("ffffffffffff", "pg1"));
+    assert!(matches!(unknown, Err(StoreError::Conflict(_))), "{unknown:?}");
+    run(&writer, |tables| tables.unuse_token("0123456789ab", "pg2")).unwrap();
+    // What is known better amends it, and its uses stay.
+    let revoked = Token { revoked: true, pools: vec!["sql".into(), "sql".into()], ..token };
+    put(&revoked).unwrap();
+    drop(writer);
+
+    let used_by = BTreeSet::from(["pg1".to_owned()]);
+    let revoked = Token { used_by, pools: vec!["sql".into()], ..revoked };
+    let store = lab.open();
+    assert_eq!(store.read(|tables| tables.tokens()).unwrap(), [revoked, admin]);
+    let writer = store.start().unwrap();
+    assert_eq!(run(&writer, |tables| tables.delete_token("0123456789ab")), Ok(true));
+    for (table, rows) in [("tokens", 1), ("token_pools", 0), ("token_cidrs", 0), ("token_uses", 0)] {
+        assert_eq!(lab.count(table), rows, "{table}");
+    }
 }
 
 #[test]

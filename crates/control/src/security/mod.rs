@@ -24,6 +24,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use allocation::ResourceId;
 use ipnet::IpNet;
 use registry::{Owner, Registration, Registry};
 use tonic::{Request, Status};
@@ -33,12 +34,12 @@ pub(crate) use self::limits::Open;
 pub use self::limits::PeerLimits;
 use self::limits::{Kind, PeerKey, Peers};
 pub(crate) use self::refusal::{Reason, Refusal, Refusals};
-pub(crate) use self::rules::is_own_or_allowed;
 pub use self::rules::{IdPattern, PatternError, PeerRule, Role, SanPattern, UnknownRole, parse_network};
+pub(crate) use self::rules::{San, is_own_or_allowed};
 pub(crate) use self::tls::{Certificate, Tls, parse as parse_certificate};
 pub use self::tls::{TlsConfig, TlsError};
 use crate::clock::Clock;
-use crate::tokens::{TokenBook, TokenError, Verified};
+use crate::tokens::{TokenBook, TokenError, TokenId, Verified};
 
 /// Connections beyond a peer's bound that are still told why their calls are refused; those beyond are closed.
 const TOLD_MAX: u32 = 16;
@@ -57,6 +58,33 @@ pub struct SecurityConfig {
     pub addresses: Vec<IpNet>,
     /// How much one peer may do.
     pub limits: PeerLimits,
+}
+
+/// Why a resource that was registered before a restart does not come back.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum NotHis {
+    /// For good.
+    #[error("it joined by a token that was revoked, or is not known any more")]
+    Token,
+    /// As long as the configuration is as it is.
+    #[error("no [[control.peer]] is for {0}, whose it is")]
+    Peer(Owner),
+}
+
+impl SecurityConfig {
+    /// Whose a remembered resource is now, that was this owner's: nobody could report for it, or end it, whose owner may not
+    /// come any more. Where control is in clear text nobody shows certificates, and their names mean nothing.
+    pub(crate) fn owner_now(&self, owner: Owner, tokens: &TokenBook) -> Result<Option<Owner>, NotHis> {
+        if let Some(token) = TokenId::of_owner(&owner) {
+            return if tokens.holds(&token) { Ok(Some(owner)) } else { Err(NotHis::Token) };
+        }
+        if self.tls.is_none() {
+            return Ok(None);
+        }
+        let names = [San::Dns(owner.as_str().to_owned()), San::Uri(owner.as_str().to_owned())];
+        let is_for = |rule: &PeerRule| names.iter().any(|name| rule.san.matches(name));
+        if self.peers.iter().any(is_for) { Ok(Some(owner)) } else { Err(NotHis::Peer(owner)) }
+    }
 }
 
 /// Who is at the other end of a connection.
@@ -105,7 +133,7 @@ impl Caller {
     }
 
     /// Whose a resource is to be said to be, for this caller to end it.
-    pub(crate) fn ends(&self, id: &allocation::ResourceId, registry: &Registry) -> Option<Owner> {
+    pub(crate) fn ends(&self, id: &ResourceId, registry: &Registry) -> Option<Owner> {
         if self.is_admin { registry.owner(id).flatten() } else { self.owner() }
     }
 
@@ -138,9 +166,14 @@ pub(crate) struct Security {
 }
 
 impl Security {
-    pub(crate) fn new(config: SecurityConfig, tls: Option<Arc<Tls>>, clock: Clock) -> Self {
+    pub(crate) fn new(
+        config: SecurityConfig,
+        tls: Option<Arc<Tls>>,
+        clock: Clock,
+        tokens: TokenBook,
+    ) -> Self {
         let SecurityConfig { tls: _, peers: rules, addresses, limits } = config;
-        let (tokens, peers, refusals) = (Mutex::default(), Peers::default(), Refusals::default());
+        let (tokens, peers, refusals) = (Mutex::new(tokens), Peers::default(), Refusals::default());
         Self { rules, addresses, limits, tls, tokens, peers, refusals, clock }
     }
 
@@ -370,7 +403,7 @@ impl Security {
     pub(crate) fn may_report(
         &self,
         caller: &Caller,
-        id: &allocation::ResourceId,
+        id: &ResourceId,
         registry: &Registry,
     ) -> Result<(), Status> {
         let Some(owner) = other_owner(caller, id, registry) else { return Ok(()) };
@@ -434,7 +467,7 @@ pub(crate) struct Joining<'a> {
     security: &'a Security,
     owner: Option<Owner>,
     /// The use of a token that was counted for it.
-    used: Option<(crate::tokens::TokenId, allocation::ResourceId)>,
+    used: Option<(TokenId, ResourceId)>,
 }
 
 impl Joining<'_> {
@@ -443,9 +476,16 @@ impl Joining<'_> {
         self.owner.clone()
     }
 
+    /// The use of a token that was counted for it, by this resource.
+    pub(crate) fn used(&self) -> Option<(&TokenId, &ResourceId)> {
+        self.used.as_ref().map(|(token, resource)| (token, resource))
+    }
+
     /// It was made.
     pub(crate) fn joined(mut self) {
-        self.used = None;
+        if let Some((token, resource)) = self.used.take() {
+            self.security.tokens().joined(&token, &resource);
+        }
     }
 }
 
@@ -464,7 +504,7 @@ pub(crate) fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
 }
 
 /// Whose a resource is, if it is somebody's and not the caller's.
-fn other_owner(caller: &Caller, id: &allocation::ResourceId, registry: &Registry) -> Option<Owner> {
+fn other_owner(caller: &Caller, id: &ResourceId, registry: &Registry) -> Option<Owner> {
     registry.owner(id).flatten().filter(|owner| Some(owner) != caller.owner().as_ref())
 }
 

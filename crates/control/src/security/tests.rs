@@ -17,7 +17,10 @@ impl Lab {
         let pool = |name: &str| PoolConfig::new(name.parse().unwrap(), allocation::Policy::Adaptive);
         let pools = vec![pool("sql"), pool("web")];
         let registry = Registry::new(Config { pools, limits: Limits::default() }).unwrap();
-        Self { security: Security::new(config, None, Clock::new(Instant::now())), registry }
+        Self {
+            security: Security::new(config, None, Clock::new(Instant::now()), TokenBook::default()),
+            registry,
+        }
     }
 
     fn token(&self, uses_max: Option<u32>, ttl: Duration, seed: u8) -> String {
@@ -219,4 +222,29 @@ fn an_administrator_registers_in_nobodys_name_and_ends_anybodys() {
     assert!(lab.register(&admin, "pg1", "sql", "192.0.2.3:1").is_err(), "it is somebody's now");
     let ended = lab.registry.deregister_by(admin.ends(&id, &lab.registry).as_ref(), &id, u64::MAX);
     assert_eq!(ended, Ok(true));
+}
+
+#[test]
+fn what_is_remembered_is_its_owners_who_may_still_come() {
+    let tls =
+        TlsConfig { cert: "c".into(), key: "k".into(), client_ca: "ca".into(), require_certificate: false };
+    let peers = vec![rule("spiffe://example/sql/*", &["sql"], &[]), rule("*.example.com", &["sql"], &[])];
+    let config = SecurityConfig { tls: Some(tls), peers, ..SecurityConfig::default() };
+    let lab = Lab::new(SecurityConfig::default());
+    lab.token(None, Duration::from_secs(60), 1);
+    let mut book = lab.security.tokens();
+    let token = book.list()[0].id.clone();
+    for name in ["spiffe://example/sql/1", "pg1.example.com"] {
+        let owner = Owner::new(name);
+        assert_eq!(config.owner_now(owner.clone(), &book), Ok(Some(owner.clone())));
+        // Nobody could show it there.
+        assert_eq!(SecurityConfig::default().owner_now(owner, &book), Ok(None));
+    }
+    let gone = Owner::new("spiffe://example/web/1");
+    assert_eq!(config.owner_now(gone.clone(), &book), Err(NotHis::Peer(gone)));
+    assert_eq!(SecurityConfig::default().owner_now(token.owner(), &book), Ok(Some(token.owner())));
+    book.revoke(&token);
+    assert_eq!(SecurityConfig::default().owner_now(token.owner(), &book), Err(NotHis::Token));
+    let unknown = Owner::new("token:ffffffffffff");
+    assert_eq!(config.owner_now(unknown, &book), Err(NotHis::Token));
 }

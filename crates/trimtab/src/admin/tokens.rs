@@ -99,6 +99,7 @@ fn create(args: &TokenCreateArgs) -> Result<(), Failure> {
     struct Created {
         id: String,
         token: String,
+        kept: bool,
     }
     let request = CreateTokenRequest {
         role: args.role.clone(),
@@ -108,7 +109,11 @@ fn create(args: &TokenCreateArgs) -> Result<(), Failure> {
         uses: args.uses,
     };
     let made = ask(async { Admin::connect(&args.admin).await?.create_token(request).await })?;
-    let created = Created { id: made.id, token: made.token };
+    let created = Created { id: made.id, token: made.token, kept: made.kept };
+    if !created.kept {
+        // Beside the output, which is the token alone.
+        eprintln!("this balancer has no [store]: the token is forgotten when it ends");
+    }
     // The token alone, so that `> file` makes what --token-file reads.
     show(args.admin.output, &created, |created| format!("{}\n", created.token))
 }
