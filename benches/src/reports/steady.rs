@@ -102,7 +102,8 @@ async fn watch(
         }
     }
     let begin = Instant::now();
-    (acked.store(0, Relaxed), late.store(0, Relaxed));
+    acked.store(0, Relaxed);
+    late.store(0, Relaxed);
     let cpu = |watched: &Watched<'_>| -> anyhow::Result<Duration> {
         Ok(watched.tree.cpu_time()? + process::softirq_thread_time(watched.cpu)?)
     };
