@@ -18,7 +18,8 @@ fn listening(folder: &Path, name: &str) -> Vec<String> {
         "--report-interval".into(),
         "200ms".into(),
         "--on-notice".into(),
-        format!("cat >> {}; echo >> {0}", told.display()),
+        // One write a line: two notices may come at once.
+        format!("printf '%s\\n' \"$(cat)\" >> {}", told.display()),
     ]
     .to_vec()
 }
@@ -208,7 +209,10 @@ struct Hook {
 impl Hook {
     /// Answers each post with the next of these statuses, and with the last one from then on.
     fn start(statuses: &'static [&'static str]) -> Self {
-        let address = e2e::loopback();
+        Self::start_at(e2e::loopback(), statuses)
+    }
+
+    fn start_at(address: SocketAddr, statuses: &'static [&'static str]) -> Self {
         let listener = TcpListener::bind(address).expect("a free address");
         let posts = Arc::new(Mutex::new(Vec::new()));
         let kept = Arc::clone(&posts);
@@ -320,4 +324,136 @@ fn a_hook_where_no_script_may_point_hears_nothing() {
     });
     assert!(state.contains("points at"), "{state}");
     assert!(hook.posts().is_empty());
+}
+
+/// A balancer with a store, in a folder.
+fn with_store(folder: &Path) -> BalancerConfig {
+    let further = format!("[store]\npath = {:?}\n", folder.join("trimtab.db"));
+    BalancerConfig { further, ..BalancerConfig::default() }
+}
+
+/// What is listed, by the notice's id.
+fn listed(balancer: &Balancer, id: &Value) -> Value {
+    let all = balancer.ask(&["notify", "list"])["notices"].clone();
+    let of_id = all.as_array().expect("notices").iter().find(|notice| notice["notice"] == *id);
+    of_id.unwrap_or_else(|| panic!("{id} is not in {all}")).clone()
+}
+
+fn kill_and_start(balancer: &mut Balancer) {
+    balancer.process().kill();
+    balancer.start_again();
+    balancer.wait_until_ready();
+}
+
+#[test]
+fn what_was_not_taken_is_told_again_after_a_kill() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut balancer = Balancer::start(with_store(folder.path()));
+    let services = [Service::start("willing", Manners::Good), Service::start("deaf", Manners::Good)];
+    let willing = agent(&balancer, &services[0], &listening(folder.path(), "willing"));
+    let mut flags = listening(folder.path(), "deaf");
+    // Its lease outlasts what follows.
+    flags[1] = "30s".into();
+    let mut deaf = agent(&balancer, &services[1], &flags);
+    until("both are ready", || (balancer.ready_resources() == 2).then_some(()));
+    deaf.signal(Signal::STOP);
+
+    let away =
+        balancer.ask(&["notify", "unavailable", "--at", "+1h", "--for", "10m", "--reason", "a kernel"]);
+    let held = balancer.ask(&["notify", "unavailable", "--at", "+2h", "--for", "10m"]);
+    let (away, withdrawn) = (&away["notice"], &held["notice"]);
+    let taken = |id: &Value| (listed(&balancer, id)["taken"] == 1).then_some(());
+    until("the willing one has taken both", || taken(away).and_then(|()| taken(withdrawn)));
+    balancer.admin(&["notify", "withdraw", withdrawn.as_str().expect("an id")]);
+    // The willing one hears that as well, so that nothing is on its way.
+    until("that is heard", || (told(folder.path(), "willing").len() == 3).then_some(()));
+    until("that is taken", || (newest(&balancer)["taken"] == 1).then_some(()));
+    // Who took what is written at once, but nobody waits for it.
+    let written = || {
+        let file = rusqlite::Connection::open(folder.path().join("trimtab.db")).expect("a SQLite file");
+        file.busy_timeout(PATIENCE).expect("a number");
+        let count = "SELECT count(*) FROM notice_outcomes WHERE taken";
+        let taken: i64 = file.query_row(count, [], |row| row.get(0)).expect("a table");
+        (taken == 3).then_some(())
+    };
+    until("it is on the disk", written);
+    let before = [listed(&balancer, away), listed(&balancer, withdrawn)];
+    assert_eq!(before[0]["not_taken"][0]["id"], "deaf", "{before:?}");
+
+    kill_and_start(&mut balancer);
+    for was in &before {
+        let is = listed(&balancer, &was["notice"]);
+        for what in ["kind", "at", "lasts_seconds", "to", "reason", "withdrawn", "resources", "taken"] {
+            assert_eq!(is[what], was[what], "{what}: {is} {was}");
+        }
+        assert_eq!(is["not_taken"][0]["id"], "deaf", "{is}");
+        assert!(is["age_seconds"].as_f64() >= was["age_seconds"].as_f64(), "{is} {was}");
+    }
+    until("the willing one is back", || (balancer.resources()["willing"]["state"] == "ready").then_some(()));
+    deaf.signal(Signal::CONT);
+    until("the other has taken it as well", || (listed(&balancer, away)["taken"] == 2).then_some(()));
+    let heard = |name: &str, id: &Value| told(folder.path(), name).iter().filter(|n| n["id"] == *id).count();
+    assert_eq!(heard("deaf", away), 1, "the same notice, once");
+    // By now it has heard everything that it will.
+    let shed = balancer.ask(&["notify", "shed", "willing", "--flows", "1"]);
+    until("it is told anew", || (heard("willing", &shed["notice"]) == 1).then_some(()));
+    assert_eq!((heard("willing", away), heard("willing", withdrawn)), (1, 1), "it does not act again");
+    assert_eq!(listed(&balancer, withdrawn)["withdrawn"], true);
+    let withdrawn = withdrawn.as_str().expect("an id");
+    let again = e2e::trimtab(&["notify", "withdraw", withdrawn, "--control", &url(&balancer)]);
+    assert!(again.code != Some(0) && again.stderr.contains("does not hold any more"), "{}", again.stderr);
+    assert_ne!(shed["notice"], *away);
+    drop(willing);
+    drop(deaf);
+}
+
+#[test]
+fn that_a_balancer_leaves_is_over_with_its_process() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut balancer = Balancer::start(with_store(folder.path()));
+    let service = Service::start("one", Manners::Good);
+    let agent = agent(&balancer, &service, &listening(folder.path(), "one"));
+    until("it is ready", || (balancer.ready_resources() == 1).then_some(()));
+    let open = e2e::connect(balancer.listener()).expect("it serves");
+    assert_eq!(e2e::greet(&open).expect("its name"), "one");
+    balancer.process().signal(Signal::TERM);
+    until("it is told", || (told(folder.path(), "one").len() == 1).then_some(()));
+    assert_eq!(told(folder.path(), "one")[0]["kind"], "balancer_leaving");
+    drop(open);
+    balancer.process().wait(PATIENCE);
+    balancer.start_again();
+    balancer.wait_until_ready();
+    assert_eq!(balancer.ask(&["notify", "list"])["notices"], serde_json::json!([]));
+    until("it is back", || (balancer.resources()["one"]["state"] == "ready").then_some(()));
+    // A notice of now comes after all that it would be told from before.
+    balancer.admin(&["notify", "shed", "one", "--flows", "1"]);
+    wait_until_taken(&balancer, 1);
+    let kinds: Vec<_> = told(folder.path(), "one").iter().map(|notice| notice["kind"].clone()).collect();
+    assert_eq!(kinds, ["balancer_leaving", "shed_flows"]);
+    drop(agent);
+}
+
+#[test]
+fn posts_go_on_after_a_kill() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let address = e2e::loopback();
+    let control_pull = format!("allow = [\"{}\"]", address.ip());
+    let mut balancer = Balancer::start(BalancerConfig { control_pull, ..with_store(folder.path()) });
+    let service = Service::start("one", Manners::Good);
+    let notify = format!("http://{address}/");
+    // Nobody is there yet.
+    let agent = balancer.agent("one", service.address(), &["--notify-url", &notify]);
+    until("it is ready", || (balancer.ready_resources() == 1).then_some(()));
+    let made = balancer.ask(&["notify", "unavailable", "--at", "+1h", "--for", "10m"]);
+    let state = |balancer: &Balancer| newest(balancer)["not_taken"][0]["state"].as_str().map(str::to_owned);
+    until("a post has failed", || state(&balancer).filter(|state| state.starts_with("webhook: ")));
+    kill_and_start(&mut balancer);
+    let hook = Hook::start_at(address, &["204 Taken"]);
+    let posts = until("it is posted", || Some(hook.posts()).filter(|posts| !posts.is_empty()));
+    assert_eq!(posts[0].1["data"]["id"], made["notice"]);
+    let (id, source) = (made["notice"].as_str().expect("an id"), posts[0].1["source"].as_str());
+    let by = source.and_then(|source| source.strip_prefix("/trimtab/")).expect("a source");
+    assert!(id.starts_with(&format!("{by}/notice-")), "another event than before: {by}, {id}");
+    until("it counts as taken", || (newest(&balancer)["taken"] == 1).then_some(()));
+    drop(agent);
 }

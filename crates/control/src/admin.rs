@@ -9,8 +9,9 @@ use registry::{PoolStatus, ResourceState, ShareError, SplitBy, UnknownPool, Unkn
 use tonic::{Request, Response, Status};
 
 use crate::explain;
-use crate::notices::NoticeError;
+use crate::keeper::Keeper;
 use crate::notices::book::BookError;
+use crate::notices::{NoticeError, stored};
 use crate::parse::{self, MessageError};
 use crate::pull::PullRefused;
 use crate::registration::invalid;
@@ -176,7 +177,9 @@ impl AdminService for Admin {
         let shared = &self.shared;
         let request = request.into_inner();
         self.check_target(&request.resource, &request.pool)?;
-        let (id, target) = shared.notices.ask(request).map_err(notice_refused)?;
+        let writer = shared.keeper.as_ref().map(Keeper::writer);
+        let (id, target, writing) = shared.notices.ask(request, writer).map_err(notice_refused)?;
+        stored::settled(shared, writing).await?;
         let resources = shared.registry.names();
         let meant = resources.iter().filter(|(id, pool)| target.is(id, pool)).count();
         Ok(Response::new(v1::NotifyResponse { id, resources: u32::try_from(meant).unwrap_or(u32::MAX) }))
@@ -194,7 +197,10 @@ impl AdminService for Admin {
         &self,
         request: Request<v1::WithdrawNoticeRequest>,
     ) -> Result<Response<v1::WithdrawNoticeResponse>, Status> {
-        self.shared.notices.withdraw(&request.into_inner().id).map_err(book_refused)?;
+        let shared = &self.shared;
+        let writer = shared.keeper.as_ref().map(Keeper::writer);
+        let writing = shared.notices.withdraw(&request.into_inner().id, writer).map_err(book_refused)?;
+        stored::settled(shared, writing).await?;
         Ok(Response::new(v1::WithdrawNoticeResponse {}))
     }
 

@@ -410,6 +410,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             pruned = Instant::now();
             prune(keeper);
             shared.prune_tokens(SystemTime::now());
+            shared.notices.forget_old();
         }
     }
 }
@@ -419,6 +420,7 @@ pub(crate) async fn finish(shared: &Shared) {
     let Some(keeper) = &shared.keeper else { return };
     keep(shared, keeper).await;
     shared.flush_tokens(usize::MAX);
+    crate::notices::stored::finish(&shared.notices, keeper.writer());
     // History is written after all that was asked for before; the second transaction begins when the first is over.
     for _ in 0..2 {
         if let Err(error) = written(keeper.writer().run(|_| Ok(()))).await {

@@ -263,6 +263,7 @@ pub struct Control {
     fetch_tls: fetch::Tls,
     clock: Clock,
     remembered: Restored,
+    notices: notices::book::Book,
 }
 
 impl std::fmt::Debug for Control {
@@ -303,6 +304,7 @@ impl Control {
         let fetch_tls = config.pull.ca.as_deref().map(fetch::Tls::with_ca).transpose()?.unwrap_or_default();
         let (grpc, grpc_address) = bind("control.listen", config.listen).await?;
         let (http, http_address) = bind("http.listen", config.http).await?;
+        let notices = notices::stored::restore(config.store.as_ref(), clock)?;
         let remembered = match config.store.take() {
             Some(store) => {
                 remembered::restore(store, &registry, &config.pools, clock, &config.security).await?
@@ -322,6 +324,7 @@ impl Control {
             fetch_tls,
             clock,
             remembered,
+            notices,
         })
     }
 
@@ -361,7 +364,7 @@ impl Control {
             registry: self.registry,
             security: Arc::new(Security::new(config.security, self.tls, clock, tokens)),
             clock,
-            notices: Notices::new(&config.balancer_id, config.alternatives, clock),
+            notices: Notices::new(self.notices, &config.balancer_id, config.alternatives, clock),
             pools: config.pools,
             selector: std::sync::Mutex::new(allocation::Selector::new(0)),
             beneath: Beneath::default(),
@@ -386,6 +389,7 @@ impl Control {
         let zones = if named { Vec::new() } else { config.zones };
         let peers = tokio::spawn(notices::peers::run(Arc::clone(&shared), zones, scheme));
         let webhook = tokio::spawn(notices::webhook::run(Arc::clone(&shared)));
+        let telling = tokio::spawn(notices::stored::run(Arc::clone(&shared)));
         let prober = tokio::spawn(prober::run(Arc::clone(&shared)));
         let log =
             self.decision_log.map(|writer| tokio::spawn(decision_log::run(writer, Arc::clone(&shared))));
@@ -398,7 +402,7 @@ impl Control {
             .map(|of| tokio::spawn(provider::run(Arc::clone(&shared), of)))
             .collect();
         let served = grpc::serve(self.grpc, Arc::clone(&shared)).await;
-        for task in [http, prober, leave, maintenance, peers, webhook, keeping, remembering]
+        for task in [http, prober, leave, maintenance, peers, webhook, telling, keeping, remembering]
             .into_iter()
             .chain(log)
             .chain(providers)

@@ -31,7 +31,7 @@ mod writer;
 pub use error::{OpenError, StoreError};
 pub use events::{EVENTS_MAX, Event, EventKind};
 pub use history::{Chunk, Estimates, Kept};
-pub use notices::{Notice, NoticeState};
+pub use notices::{Hook, Notice, NoticeKind, NoticeOutcome, NoticeTarget};
 pub use open::{Contents, Store};
 pub use resources::{Remembered, Resource, Script, ScriptKind};
 pub use schema::{APPLICATION_ID, VERSION};

@@ -119,7 +119,7 @@ impl Tables<'_> {
             |_| Ok(()),
         )?;
         if same.is_none() {
-            for table in ["history", "estimates", "notices"] {
+            for table in ["history", "estimates"] {
                 self.execute(&format!("DELETE FROM {table} WHERE resource = ?1"), [key])?;
             }
             self.execute("UPDATE resources SET ready = 1 WHERE key = ?1", [key])?;
@@ -194,7 +194,7 @@ impl Tables<'_> {
         )
     }
 
-    /// Forgets a resource: every row of it, history and notices included. True: it was there.
+    /// Forgets a resource: every row of it, history included. True: it was there.
     ///
     /// # Errors
     /// See [`StoreError`].

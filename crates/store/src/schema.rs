@@ -129,15 +129,35 @@ fn notices(transaction: &Transaction<'_>) -> rusqlite::Result<()> {
     transaction.execute_batch(
         "
         CREATE TABLE notices (
-            id         TEXT    PRIMARY KEY,
-            resource   INTEGER NOT NULL REFERENCES resources (key) ON DELETE CASCADE,
-            kind       TEXT    NOT NULL,
-            payload    TEXT    NOT NULL,  -- JSON
-            created_ms INTEGER NOT NULL,
-            state      TEXT    NOT NULL CHECK (state IN ('waiting', 'delivered', 'taken', 'failed')),
-            changed_ms INTEGER NOT NULL
+            number       INTEGER PRIMARY KEY,  -- older ones have smaller ones
+            id           TEXT    NOT NULL UNIQUE,
+            kind         TEXT    NOT NULL
+                         CHECK (kind IN ('balancer_unavailable', 'withdrawn', 'shut_down', 'shed_flows')),
+            target       TEXT    NOT NULL CHECK (target IN ('all', 'pool', 'resource')),
+            target_name  TEXT             CHECK ((target_name IS NULL) = (target = 'all')),
+            at_ms        INTEGER NOT NULL,
+            lasts_ms     INTEGER,          -- NULL: nobody knows
+            flows        INTEGER NOT NULL,
+            alternatives TEXT    NOT NULL, -- one a line
+            reason       TEXT    NOT NULL,
+            withdraws    TEXT,             -- the id of the notice that does not hold any more
+            created_ms   INTEGER NOT NULL,
+            withdrawn    INTEGER NOT NULL CHECK (withdrawn IN (0, 1))
+        ) STRICT;
+
+        -- By id and not by key: who has left and comes back is not told again what it has taken.
+        CREATE TABLE notice_outcomes (
+            notice       INTEGER NOT NULL REFERENCES notices (number) ON DELETE CASCADE,
+            resource     TEXT    NOT NULL,
+            told         INTEGER NOT NULL CHECK (told IN (0, 1)),
+            taken        INTEGER NOT NULL CHECK (taken IN (0, 1)),
+            failure      TEXT,             -- NULL: it did not say that it cannot
+            hook         TEXT    NOT NULL CHECK (hook IN ('none', 'waiting', 'taken')),
+            attempts     INTEGER NOT NULL, -- posts to its hook that failed
+            hook_failure TEXT    NOT NULL,
+            changed_ms   INTEGER NOT NULL,
+            PRIMARY KEY (notice, resource)
         ) STRICT, WITHOUT ROWID;
-        CREATE INDEX notices_of_resource ON notices (resource);
         ",
     )
 }

@@ -6,8 +6,9 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 
 use store::{
-    APPLICATION_ID, Chunk, EVENTS_MAX, Estimates, Event, EventKind, Kept, Notice, NoticeState, OpenError,
-    QUEUE_MAX, Resource, Role, Script, ScriptKind, Store, StoreError, Token, VERSION, VersionSetting, Writer,
+    APPLICATION_ID, Chunk, EVENTS_MAX, Estimates, Event, EventKind, Hook, Kept, Notice, NoticeKind,
+    NoticeOutcome, NoticeTarget, OpenError, QUEUE_MAX, Resource, Role, Script, ScriptKind, Store, StoreError,
+    Token, VERSION, VersionSetting, Writer,
 };
 use tempfile::TempDir;
 
@@ -142,15 +143,17 @@ fn a_newer_process_starts_anew_and_leaving_takes_every_row() {
     put(&writer, resource("pg1", 2));
     assert_eq!((lab.count("history"), lab.count("estimates"), lab.count("resources")), (0, 0, 1));
     writer.keep(vec![kept("pg1", 2, 70_000)]);
-    let notice = notice("n1");
-    run(&writer, move |tables| tables.insert_notice(&notice)).unwrap();
+    // History is written after what was asked for before; the second transaction begins when the first is over.
+    for _ in 0..2 {
+        run(&writer, |_| Ok(())).unwrap();
+    }
     let drained = lab.other().query_row("SELECT drained FROM resources", [], |row| row.get::<_, bool>(0));
     assert_eq!(drained, Ok(true), "an operator's drain outlives the process");
-    for table in ["resources", "addresses", "labels", "scripts", "estimates", "history", "notices"] {
+    for table in ["resources", "addresses", "labels", "scripts", "estimates", "history"] {
         assert!(lab.count(table) > 0, "{table}");
     }
     assert_eq!(run(&writer, |tables| tables.delete_resource("pg1")), Ok(true));
-    for table in ["resources", "addresses", "labels", "scripts", "estimates", "history", "notices"] {
+    for table in ["resources", "addresses", "labels", "scripts", "estimates", "history"] {
         assert_eq!(lab.count(table), 0, "{table}");
     }
     assert_eq!(run(&writer, |tables| tables.delete_resource("pg1")), Ok(false));
@@ -160,38 +163,87 @@ fn a_newer_process_starts_anew_and_leaving_takes_every_row() {
 fn notice(id: &str) -> Notice {
     Notice {
         id: id.into(),
-        resource: "pg1".into(),
-        kind: "balancer_leaving".into(),
-        payload: "{}".into(),
+        kind: NoticeKind::Unavailable,
+        target: NoticeTarget::All,
+        at_ms: 1_000,
+        lasts_ms: Some(500),
+        flows: 0,
+        alternatives: vec!["http://b2:7400".into(), "https://[::1]:7400".into()],
+        reason: "a kernel".into(),
+        withdraws: None,
         created_ms: 5,
-        state: NoticeState::Waiting,
-        changed_ms: 5,
+        withdrawn: false,
+    }
+}
+
+fn outcome(notice: &str, resource: &str) -> NoticeOutcome {
+    NoticeOutcome {
+        notice: notice.into(),
+        resource: resource.into(),
+        told: true,
+        taken: false,
+        failure: None,
+        hook: Hook::None,
+        attempts: 0,
+        hook_failure: String::new(),
+        changed_ms: 6,
     }
 }
 
 #[test]
-fn notices_are_kept_until_they_are_taken_and_old() {
+fn notices_are_kept_with_what_became_of_them() {
     let lab = Lab::new();
     let writer = lab.writer();
-    let without = notice("n0");
-    let missing = run(&writer, move |tables| tables.insert_notice(&without));
-    assert_eq!(missing, Err(StoreError::Missing("resource pg1".into())));
-    put(&writer, resource("pg1", 1));
-    for id in ["n1", "n2"] {
-        let notice = notice(id);
-        run(&writer, move |tables| tables.insert_notice(&notice)).unwrap();
+    let shut_down = Notice {
+        kind: NoticeKind::ShutDown,
+        target: NoticeTarget::Resource("pg1".into()),
+        lasts_ms: None,
+        alternatives: Vec::new(),
+        ..notice("b/notice-10")
+    };
+    let shed = Notice {
+        kind: NoticeKind::ShedFlows,
+        target: NoticeTarget::Pool("sql".into()),
+        flows: u32::MAX,
+        ..notice("b/notice-9")
+    };
+    let back = Notice {
+        kind: NoticeKind::Withdrawn,
+        withdraws: Some("b/notice-10".into()),
+        ..notice("b/notice-11")
+    };
+    let all = [notice("b/notice-2"), shed, shut_down, back];
+    let put = all.clone();
+    let put = move |tables: &store::Tables<'_>| put.iter().try_for_each(|notice| tables.put_notice(notice));
+    run(&writer, put).unwrap();
+    assert_eq!(run(&writer, |tables| tables.notices()), Ok(all.to_vec()), "in their order");
+
+    // Nobody has to be kept as a resource to have been told something.
+    let waiting = NoticeOutcome {
+        failure: Some("no unit".into()),
+        hook: Hook::Waiting,
+        attempts: 4,
+        hook_failure: "503".into(),
+        ..outcome("b/notice-2", "pg2")
+    };
+    let taken =
+        NoticeOutcome { taken: true, hook: Hook::Taken, changed_ms: 9, ..outcome("b/notice-2", "pg1") };
+    for row in [outcome("b/notice-2", "pg1"), waiting.clone(), taken.clone(), outcome("b/notice-9", "pg1")] {
+        assert_eq!(run(&writer, move |tables| tables.put_notice_outcome(&row)), Ok(true));
     }
-    let again = notice("n1");
-    assert!(matches!(run(&writer, move |tables| tables.insert_notice(&again)), Err(StoreError::Conflict(_))));
-    assert_eq!(run(&writer, |tables| tables.set_notice_state("n1", NoticeState::Taken, 9)), Ok(true));
-    assert_eq!(run(&writer, |tables| tables.set_notice_state("n9", NoticeState::Taken, 9)), Ok(false));
-    let all = run(&writer, |tables| tables.notices(Some("pg1"))).unwrap();
-    assert_eq!(all, [Notice { state: NoticeState::Taken, changed_ms: 9, ..notice("n1") }, notice("n2")]);
-    assert_eq!(run(&writer, |tables| tables.notices(Some("pg2"))), Ok(Vec::new()));
-    assert_eq!(run(&writer, |tables| tables.prune_notices(9)), Ok(0));
-    assert_eq!(run(&writer, |tables| tables.prune_notices(10)), Ok(1));
-    assert_eq!(run(&writer, |tables| tables.notices(None)), Ok(vec![notice("n2")]));
-    assert_eq!(run(&writer, |tables| tables.delete_notice("n2")), Ok(true));
+    let unknown = outcome("b/notice-1", "pg1");
+    assert_eq!(run(&writer, move |tables| tables.put_notice_outcome(&unknown)), Ok(false));
+    let known = run(&writer, |tables| tables.notice_outcomes()).unwrap();
+    assert_eq!(known, [taken, waiting, outcome("b/notice-9", "pg1")]);
+
+    let withdrawn = Notice { withdrawn: true, ..notice("b/notice-2") };
+    let again = withdrawn.clone();
+    run(&writer, move |tables| tables.put_notice(&again)).unwrap();
+    assert_eq!(run(&writer, |tables| tables.notices()).unwrap()[0], withdrawn);
+    assert_eq!(lab.count("notice_outcomes"), 3, "what became of it stays");
+    assert_eq!(run(&writer, |tables| tables.delete_notice("b/notice-2")), Ok(true));
+    assert_eq!(run(&writer, |tables| tables.delete_notice("b/notice-2")), Ok(false));
+    assert_eq!((lab.count("notices"), lab.count("notice_outcomes")), (3, 1));
 }
 
 #[test]

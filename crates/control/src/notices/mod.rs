@@ -6,6 +6,7 @@
 pub(crate) mod book;
 pub(crate) mod maintenance;
 pub(crate) mod peers;
+pub(crate) mod stored;
 pub(crate) mod webhook;
 
 use std::collections::HashSet;
@@ -18,10 +19,12 @@ use api::v1;
 use api::v1::notice::Kind;
 
 use self::book::{Book, BookError, Kept, Notice, Target, What};
+use self::stored::Writing;
 use crate::Shared;
 use crate::clock::Clock;
 use crate::parse::{self, MessageError};
-use tokio::sync::watch;
+use store::Writer;
+use tokio::sync::{Notify, watch};
 
 /// Most alternatives of a notice.
 const ALTERNATIVES_MAX: usize = 16;
@@ -39,6 +42,10 @@ const AHEAD_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
 /// A balancer's notices.
 pub(crate) struct Notices {
     book: Mutex<Book>,
+    /// Held by who asks for changes to be written, so that they are written in their order. Taken before the book's.
+    order: Mutex<()>,
+    /// There may be something to be written.
+    unsaved: Notify,
     /// Counts changes that someone may have to be told of.
     changed: watch::Sender<u64>,
     /// The balancer, by which ids are unique for all time.
@@ -83,9 +90,11 @@ pub(crate) enum NoticeError {
 }
 
 impl Notices {
-    pub(crate) fn new(balancer_id: &str, alternatives: Vec<String>, clock: Clock) -> Self {
+    pub(crate) fn new(book: Book, balancer_id: &str, alternatives: Vec<String>, clock: Clock) -> Self {
         Self {
-            book: Mutex::default(),
+            book: Mutex::new(book),
+            order: Mutex::default(),
+            unsaved: Notify::new(),
             changed: watch::Sender::new(0),
             balancer_id: balancer_id.to_owned(),
             made: AtomicU64::new(0),
@@ -112,6 +121,19 @@ impl Notices {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn order(&self) -> MutexGuard<'_, ()> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the book back after something became of a notice.
+    fn unlock(&self, book: MutexGuard<'_, Book>) {
+        let is_unsaved = book.is_unsaved();
+        drop(book);
+        if is_unsaved {
+            self.unsaved.notify_one();
+        }
+    }
+
     /// Changes when there may be something to tell.
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
@@ -121,14 +143,21 @@ impl Notices {
         format!("{}/notice-{}", self.balancer_id, self.made.fetch_add(1, Relaxed) + 1)
     }
 
+    /// Without waiting for the disk.
     fn add(&self, notice: Notice) -> Result<(), BookError> {
-        tracing::info!(
-            notice = notice.id, what = ?notice.what, target = ?notice.target,
-            alternatives = ?notice.alternatives, reason = notice.reason, "a notice to resources"
-        );
-        self.lock().add(notice, self.clock.now(), SystemTime::now())?;
+        say(&notice);
+        let mut book = self.lock();
+        book.add(notice, SystemTime::now())?;
+        self.unlock(book);
         self.changed.send_modify(|count| *count += 1);
         Ok(())
+    }
+
+    /// Forgets what has been over for long.
+    pub(crate) fn forget_old(&self) {
+        let mut book = self.lock();
+        book.forget_old(SystemTime::now());
+        self.unlock(book);
     }
 
     /// The balancer stops, now.
@@ -146,14 +175,18 @@ impl Notices {
         }
     }
 
-    /// The balancer will be away.
+    /// The balancer will be away. `None`: that is known.
     pub(crate) fn announce(
         &self,
         at: SystemTime,
         lasts: Duration,
         alternatives: &[String],
         reason: &str,
-    ) -> Result<String, NoticeError> {
+    ) -> Result<Option<String>, NoticeError> {
+        let at = stored::whole_millis(at);
+        if self.lock().has_announced(at, lasts, reason) {
+            return Ok(None);
+        }
         let alternatives = if alternatives.is_empty() { self.alternatives() } else { alternatives.to_vec() };
         let notice = Notice {
             id: self.next_id(),
@@ -165,25 +198,39 @@ impl Notices {
         };
         let id = notice.id.clone();
         self.add(notice)?;
-        Ok(id)
+        Ok(Some(id))
     }
 
-    /// What an operator asked for; gives its id.
-    pub(crate) fn ask(&self, request: v1::NotifyRequest) -> Result<(String, Target), NoticeError> {
+    /// What an operator asked for; gives its id, whom it is for, and what he waits for.
+    pub(crate) fn ask(
+        &self,
+        request: v1::NotifyRequest,
+        writer: Option<&Writer>,
+    ) -> Result<(String, Target, Option<Writing>), NoticeError> {
         let mut notice = parse_request(request)?;
         notice.id = self.next_id();
         if matches!(notice.what, What::Unavailable { .. }) && notice.alternatives.is_empty() {
             notice.alternatives = self.alternatives();
         }
-        let made = (notice.id.clone(), notice.target.clone());
-        self.add(notice)?;
-        Ok(made)
+        let (id, target) = (notice.id.clone(), notice.target.clone());
+        say(&notice);
+        let ((), writing) = self.change(writer, |book| book.add(notice, SystemTime::now()))?;
+        self.changed.send_modify(|count| *count += 1);
+        Ok((id, target, writing))
     }
 
-    pub(crate) fn withdraw(&self, id: &str) -> Result<(), BookError> {
-        let withdrawn = self.lock().withdraw(id, SystemTime::now())?;
-        let what = What::Withdrawn { notice: withdrawn.id.clone() };
-        self.add(Notice { id: self.next_id(), what, at: SystemTime::now(), ..withdrawn })
+    /// Withdraws a notice; gives what the operator waits for.
+    pub(crate) fn withdraw(&self, id: &str, writer: Option<&Writer>) -> Result<Option<Writing>, BookError> {
+        let now = SystemTime::now();
+        let ((), writing) = self.change(writer, |book| {
+            let withdrawn = book.withdraw(id, now)?;
+            let what = What::Withdrawn { notice: withdrawn.id.clone() };
+            let back = Notice { id: self.next_id(), what, at: stored::whole_millis(now), ..withdrawn };
+            say(&back);
+            book.add(back, now)
+        })?;
+        self.changed.send_modify(|count| *count += 1);
+        Ok(writing)
     }
 
     /// What a stream of this resource has to say that it has not said yet.
@@ -193,7 +240,9 @@ impl Notices {
         pool: &PoolName,
         said: &mut HashSet<String>,
     ) -> Vec<v1::Notice> {
-        let tell = self.lock().tell(id, pool, said, SystemTime::now());
+        let mut book = self.lock();
+        let tell = book.tell(id, pool, said, SystemTime::now());
+        self.unlock(book);
         tell.iter().map(wire).collect()
     }
 
@@ -211,26 +260,32 @@ impl Notices {
                 if failed { counts.1 += 1 } else { counts.0 += 1 }
             }
         }
+        self.unlock(book);
         counts
     }
 
     /// All that are kept, and who of those registered has not taken them.
     pub(crate) fn list(&self, shared: &Shared) -> Vec<v1::NoticeStatus> {
         let resources = shared.registry.names();
-        let now = self.clock.now();
+        let now = SystemTime::now();
         let book = self.lock();
         book.all().map(|kept| status(kept, &resources, now)).collect()
     }
 
     /// Notices that are to be posted to this resource now.
     fn post(&self, id: &ResourceId, pool: &PoolName) -> Vec<Notice> {
-        self.lock().post(id, pool, self.clock.now(), SystemTime::now())
+        let mut book = self.lock();
+        let due = book.post(id, pool, self.clock.now(), SystemTime::now());
+        self.unlock(book);
+        due
     }
 
     /// What became of a post.
     fn posted(&self, id: &ResourceId, notice: &str, failure: Option<String>) {
         let failure = failure.map(|why| shortened(why, FAILURE_BYTES_MAX));
-        self.lock().posted(id, notice, failure, self.clock.now());
+        let mut book = self.lock();
+        book.posted(id, notice, failure, self.clock.now());
+        self.unlock(book);
     }
 
     /// When the next post is due that waits after a failure; `None`: none does.
@@ -250,7 +305,14 @@ impl Notices {
     }
 }
 
-fn status(kept: &Kept, resources: &[(ResourceId, PoolName)], now: allocation::Timestamp) -> v1::NoticeStatus {
+fn say(notice: &Notice) {
+    tracing::info!(
+        notice = notice.id, what = ?notice.what, target = ?notice.target,
+        alternatives = ?notice.alternatives, reason = notice.reason, "a notice to resources"
+    );
+}
+
+fn status(kept: &Kept, resources: &[(ResourceId, PoolName)], now: SystemTime) -> v1::NoticeStatus {
     let target = &kept.notice.target;
     let meant: Vec<_> = resources.iter().filter(|(id, pool)| target.is(id, pool)).map(|(id, _)| id).collect();
     let mut not_taken: Vec<_> = meant.iter().filter(|id| !kept.is_taken(id)).collect();
@@ -270,7 +332,7 @@ fn status(kept: &Kept, resources: &[(ResourceId, PoolName)], now: allocation::Ti
         notice: Some(wire(&kept.notice)),
         resource,
         pool,
-        age: Some(parse::wire_duration(now.since(kept.made))),
+        age: Some(parse::wire_duration(now.duration_since(kept.made).unwrap_or_default())),
         withdrawn: kept.withdrawn,
         resources: count(meant.len()),
         taken,
@@ -324,7 +386,7 @@ fn parse_request(request: v1::NotifyRequest) -> Result<Notice, NoticeError> {
     Ok(Notice {
         id: String::new(),
         what,
-        at: notice.at.map_or_else(|| Ok(SystemTime::now()), parse_at)?,
+        at: stored::whole_millis(notice.at.map_or_else(|| Ok(SystemTime::now()), parse_at)?),
         alternatives: notice.alternatives,
         reason: notice.reason,
         target,

@@ -81,7 +81,9 @@ async fn post(shared: &Shared, registration: &Registration, notice: &Notice) -> 
     let url: fetch::Url = url.parse().map_err(|error: fetch::UrlError| error.to_string())?;
     let pinned = shared.puller.pin_url(registration, &url, WITHIN).await;
     let (address, tls) = pinned.map_err(|error| error.to_string())?;
-    let event = Event::new(&shared.balancer_id, document(notice, registration.id().as_str()), notice.at);
+    // After a restart the balancer has another id, and the event must not: source and id tell it from others.
+    let made_by = notice.id.rsplit_once("/notice-").map_or(shared.balancer_id.as_str(), |(by, _)| by);
+    let event = Event::new(made_by, document(notice, registration.id().as_str()), notice.at);
     let posted = fetch::post(&url, address, tls, (EVENT_TYPE, event.to_json()), WITHIN).await;
     posted.map_err(|error| error.to_string())
 }
