@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use api::orca::OrcaLoadReport;
 use api::v1::{
-    DeregisterRequest, DrainRequest, Labels, ListResourcesRequest, Readiness, ReportRequest,
-    SetCapabilitiesRequest,
+    CreateTokenRequest, DeregisterRequest, DrainRequest, Labels, ListResourcesRequest, ListTokensRequest,
+    Readiness, ReportRequest, RevokeTokenRequest, SetCapabilitiesRequest,
 };
 use store::Store;
 use tonic::Code;
@@ -19,6 +19,11 @@ fn path(folder: &tempfile::TempDir) -> PathBuf {
 
 /// What another process would find in the file.
 fn stored(path: &Path) -> store::Contents {
+    Store::open(&copied(path).1).unwrap().load().unwrap()
+}
+
+/// A copy of the file as it is now, with the folder that it is in.
+fn copied(path: &Path) -> (tempfile::TempDir, PathBuf) {
     let copied = tempfile::tempdir().unwrap();
     let copy = copied.path().join("trimtab.db");
     for ending in ["", "-wal"] {
@@ -27,7 +32,7 @@ fn stored(path: &Path) -> store::Contents {
             std::fs::copy(from, format!("{}{ending}", copy.display())).unwrap();
         }
     }
-    Store::open(&copy).unwrap().load().unwrap()
+    (copied, copy)
 }
 
 #[tokio::test]
@@ -146,5 +151,65 @@ async fn a_full_disk_refuses_registrations_and_nothing_else() {
     let ids: Vec<_> = stored(&path).resources.into_iter().map(|kept| kept.resource.id).collect();
     for id in &acknowledged {
         assert!(ids.contains(id), "{id} was acknowledged");
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_makes_no_tokens_and_counts_no_uses() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = path(&folder);
+    let store = Store::open(&path).unwrap();
+    let pages = store.read(|tables| tables.limit_pages(None)).unwrap();
+    store.read(|tables| tables.limit_pages(Some(pages + 1))).unwrap();
+    let running = Running::start_with(|config| config.store = Some(store)).await;
+    let mut admin = running.admin().await;
+    let new = CreateTokenRequest {
+        pools: vec!["sql".into()],
+        addresses: (0..60).map(|n| format!("fd00:1234:5678:{n:x}::/64")).collect(),
+        ttl: Some(prost_types::Duration { seconds: 60, nanos: 0 }),
+        uses: 1,
+        ..CreateTokenRequest::default()
+    };
+    let mut made = Vec::new();
+    let refused = loop {
+        match admin.create_token(new.clone()).await {
+            Ok(token) => made.push(token.into_inner()),
+            Err(status) => break status,
+        }
+        assert!(made.len() < 90, "the file is full");
+    };
+    assert_eq!(refused.code(), Code::Unavailable);
+    assert!(
+        refused.message().contains("cannot remember the token: the disk of the store is full"),
+        "{refused}"
+    );
+    let in_file = Store::open(&copied(&path).1).unwrap().read(|tables| tables.tokens()).unwrap();
+    let listed = admin.list_tokens(ListTokensRequest {}).await.unwrap().into_inner().tokens;
+    let ids = |ids: &mut dyn Iterator<Item = String>| ids.collect::<std::collections::BTreeSet<_>>();
+    let shown = ids(&mut made.iter().map(|token| token.id.clone()));
+    assert!(made.iter().all(|token| token.kept) && !made.is_empty());
+    assert_eq!(ids(&mut in_file.into_iter().map(|token| token.id)), shown);
+    assert_eq!(ids(&mut listed.into_iter().map(|token| token.id)), shown);
+
+    let mut request = register_request("pg1", 1);
+    let resource = request.resource.as_mut().unwrap();
+    resource.labels = (0..20).map(|n| (format!("key{n}"), "x".repeat(250))).collect();
+    let mut request = tonic::Request::new(request);
+    let shown = format!("Bearer {}", made[0].token).parse().unwrap();
+    request.metadata_mut().insert("authorization", shown);
+    let refused = running.registration().await.register(request).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+    let listed = admin.list_tokens(ListTokensRequest {}).await.unwrap().into_inner().tokens;
+    assert!(listed.iter().all(|token| token.uses == 0 && token.state == "valid"), "{listed:?}");
+    // Taking one back is in force at once, and whoever did it is told that it is nowhere else, or that it is.
+    let revoked = admin.revoke_token(RevokeTokenRequest { id: made[0].id.clone() }).await;
+    let listed = admin.list_tokens(ListTokensRequest {}).await.unwrap().into_inner().tokens;
+    assert!(listed.iter().any(|token| token.id == made[0].id && token.state == "revoked"));
+    match revoked {
+        Ok(_) => {
+            let in_file = Store::open(&copied(&path).1).unwrap().read(|tables| tables.tokens()).unwrap();
+            assert!(in_file.iter().any(|token| token.id == made[0].id && token.revoked));
+        }
+        Err(status) => assert!(status.message().contains("a restart would forget it"), "{status}"),
     }
 }
