@@ -219,6 +219,7 @@ fn resources_whose_agents_never_come_back_are_served_if_they_answer() {
     let why = gone["left_out"].as_str().expect("a reason");
     assert!(why.contains("remembered from before the restart and does not answer"), "{why}");
     assert_eq!(lab.balancer.metrics().sum("trimtab_resources", &[("state", "remembered")]), 2.0);
+    assert_eq!(lab.balancer.ask(&["pools"])["pools"][0]["resources_remembered"], 2);
     assert_eq!(lab.balancer.ask(&["capabilities"])["capabilities"][0]["id"], "not-here-yet");
 
     // An operator's change holds for one that is only remembered, too; and one whose service comes back is found.

@@ -273,6 +273,7 @@ fn wire_pool(status: &PoolStatus, pools: &[Pool]) -> v1::PoolStatus {
         resources_draining: status.states.of(ResourceState::Draining),
         resources_not_ready: status.states.of(ResourceState::NotReady),
         resources_down: status.states.of(ResourceState::Down),
+        resources_remembered: status.states.of(ResourceState::Remembered),
         flows_open: status.flows_open,
         guard: status.guard.map(|guard| guard.to_string()).unwrap_or_default(),
         listeners: listeners.unwrap_or_default(),

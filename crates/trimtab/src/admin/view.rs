@@ -138,6 +138,8 @@ pub struct PoolView {
     pub resources_not_ready: u32,
     /// Resources that cannot be connected to.
     pub resources_down: u32,
+    /// Resources from before a restart that have not reported since; they get new flows if they answer.
+    pub resources_remembered: u32,
     /// Flows open on all of them.
     pub flows_open: u64,
     /// Why weights are held; empty: they are not.
@@ -156,6 +158,7 @@ impl From<PoolStatus> for PoolView {
             resources_draining: status.resources_draining,
             resources_not_ready: status.resources_not_ready,
             resources_down: status.resources_down,
+            resources_remembered: status.resources_remembered,
             flows_open: status.flows_open,
             guard: status.guard,
             listeners: status.listeners,
@@ -554,6 +557,7 @@ pub(super) fn pools_table(pools: &[PoolView]) -> String {
         ">DRAINING",
         ">NOT READY",
         ">DOWN",
+        ">REMEMBERED",
         ">OPEN",
         ">GENERATION",
         "LISTENERS",
@@ -567,6 +571,7 @@ pub(super) fn pools_table(pools: &[PoolView]) -> String {
             pool.resources_draining.to_string(),
             pool.resources_not_ready.to_string(),
             pool.resources_down.to_string(),
+            pool.resources_remembered.to_string(),
             pool.flows_open.to_string(),
             pool.generation.to_string(),
             if pool.listeners.is_empty() { "-".to_owned() } else { pool.listeners.join(" ") },
