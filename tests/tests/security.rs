@@ -10,7 +10,7 @@ use api::orca::OrcaLoadReport;
 use api::v1::registration_service_client::RegistrationServiceClient;
 use api::v1::report_response::Event;
 use api::v1::{DeregisterRequest, RegisterRequest, ReportRequest, Resource};
-use e2e::{Balancer, BalancerConfig, Ended, PATIENCE, Pki, Process, trimtab, trimtab_command, until};
+use e2e::{Balancer, BalancerConfig, Ended, PATIENCE, Pki, Process, Text, trimtab, trimtab_command, until};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Status};
@@ -336,6 +336,23 @@ fn a_revoked_token_ends_what_joined_by_it() {
     let next = site.token("token", &["--pool", "sql"]);
     assert_ne!(next.text, token.text);
     site.until_ready("pg1");
+}
+
+#[test]
+fn a_revoked_token_ends_what_is_asked_by_a_script() {
+    // It has no stream that could end, and each answer renews its lease.
+    let site = Site::start();
+    let page = Text::http(r#"{"cpu": 0.2}"#);
+    let token = site.token("token", &["--pool", "sql", "--address", "127.0.0.0/8"]);
+    let (address, script) = (page.address().to_string(), format!("http://{}/", page.address()));
+    let lone = ["register", "--pool", "sql", "--id", "lone", "--address", &address, "--script", &script];
+    let registered = site.ask_as(&token.shows, &[&lone[..], &["--script-interval", "1s"]].concat());
+    assert_eq!(registered.code, Some(0), "{}", registered.stderr);
+    site.until_ready("lone");
+    site.admin(&["token", "revoke", token.id()]);
+    assert!(!site.admin(&["resources"]).contains("lone"));
+    let again = site.ask_as(&token.shows, &[&lone[..], &["--script-interval", "1s"]].concat());
+    assert!(again.stderr.contains("the token was revoked"), "{}", again.stderr);
 }
 
 #[test]

@@ -101,19 +101,26 @@ pub(crate) async fn revoke(
         shared.write_tokens(&mut book, change)
     };
     tracing::info!(token = %id, "an operator revoked a token");
-    end_remembered(shared, &id);
+    end_silent(shared, &id);
     if let Some(writing) = writing {
         writing.written().await.map_err(|error| not_kept(&error))?;
     }
     Ok(v1::RevokeTokenResponse {})
 }
 
-/// What reports has no report taken any more, and its lease ends; what is only remembered would stay while it answers.
-fn end_remembered(shared: &Shared, token: &TokenId) {
+/// What reports has no report taken any more, and its lease ends. What is only remembered would stay while it answers, and what
+/// is asked by a script while that does.
+fn end_silent(shared: &Shared, token: &TokenId) {
+    let why = "its token was revoked";
     let owner = token.owner();
     for of in shared.registry.unconfirmed() {
         if shared.registry.owner(&of.id).flatten().as_ref() == Some(&owner) {
-            shared.remove(&of.id, of.incarnation, "its token was revoked");
+            shared.remove(&of.id, of.incarnation, why);
         }
+    }
+    let owned = shared.registry.owned_by(&owner);
+    for pulled in owned.iter().filter(|registration| registration.pulled_every().is_some()) {
+        shared.remove(pulled.id(), pulled.incarnation(), why);
+        shared.puller.forget(&shared.registry, pulled.id());
     }
 }

@@ -590,6 +590,12 @@ impl Registry {
         self.resources.iter().filter_map(|entry| entry.registration.owner().cloned()).collect()
     }
 
+    /// Every registration of this owner, in no order.
+    pub fn owned_by(&self, owner: &Owner) -> Vec<Arc<Registration>> {
+        let of_owner = self.resources.iter().filter(|entry| entry.registration.owner() == Some(owner));
+        of_owner.map(|entry| Arc::clone(&entry.registration)).collect()
+    }
+
     /// Removes a resource that is nobody's in particular, and everything kept of it. True: it was there.
     ///
     /// # Errors
