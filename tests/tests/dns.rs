@@ -231,6 +231,7 @@ fn a_server_that_is_down_delays_nothing_and_has_all_when_it_is_back() {
 struct Front {
     _proxy: Proxy,
     address: SocketAddr,
+    /// With updates in them: the balancer also asks who else is there.
     datagrams: Arc<AtomicUsize>,
 }
 
@@ -246,7 +247,7 @@ impl Front {
         std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok((length, from)) = socket.recv_from(&mut buffer) {
-                seen.fetch_add(1, Relaxed);
+                seen.fetch_add(usize::from(is_update(&buffer[..length])), Relaxed);
                 if let Some(answer) = answer(&buffer[..length]) {
                     drop(socket.send_to(&answer, from));
                 }
@@ -254,6 +255,11 @@ impl Front {
         });
         Self { _proxy: proxy, address, datagrams }
     }
+}
+
+/// By its opcode (RFC 2136, 2.2).
+fn is_update(message: &[u8]) -> bool {
+    message.get(2).is_some_and(|flags| flags >> 3 & 0xf == 5)
 }
 
 /// An answer to its question: nothing but "it does not fit here".
