@@ -39,6 +39,8 @@ pub(crate) struct UtilizationFile {
     said: Mutex<Option<String>>,
     /// What the service says of itself otherwise, below the file.
     sources: Arc<Sources>,
+    /// Labels are told ([`Self::supply_labels`]), and nothing here adds to them.
+    is_supplied: bool,
 }
 
 impl UtilizationFile {
@@ -49,12 +51,16 @@ impl UtilizationFile {
             reported: watch::Sender::new(None),
             said: Mutex::new(None),
             sources,
+            is_supplied: config.supply.is_some(),
         }
     }
 
     /// What stands above what is measured now: the sources of the service's own numbers, and above them the file; of a file
     /// that is wrong or not there, nothing.
     pub(crate) fn read(&self) -> Override {
+        if self.is_supplied {
+            return Override::default();
+        }
         let below = self.sources.at(tokio::time::Instant::now());
         let Some(path) = &self.path else {
             // Their own maps are within their bounds; with the configuration's labels they may be too many.
@@ -177,5 +183,15 @@ mod tests {
         assert_eq!(now(), "role=reader zone=eu");
         note(r#"{"labels": {}}"#).unwrap();
         assert_eq!(now(), "role=reader zone=eu");
+    }
+
+    #[test]
+    fn labels_that_are_told_stay_whatever_is_read() {
+        let mut config = AgentConfig::new(Vec::new(), Resource::default());
+        config.supply = Some(watch::channel(crate::Supplied::default()).1);
+        let file = UtilizationFile::new(&config, Arc::default());
+        file.supply_labels(&HashMap::from([("tls".to_owned(), "true".to_owned())]));
+        file.read();
+        assert_eq!(file.labels().borrow().as_ref().unwrap().entries.len(), 1);
     }
 }
