@@ -1,13 +1,13 @@
 //! A small TCP service that says who it is, with good manners or bad ones, and clients that ask it.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::{Backend, connect_from, reset};
+use crate::{Backend, connect, connect_from, reset};
 
 /// How a service treats its connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,7 +105,9 @@ pub fn converse(mut stream: &TcpStream) -> io::Result<()> {
 /// # Errors
 /// When it was not served to its end.
 pub fn ask(listener: SocketAddr) -> io::Result<String> {
-    ask_from(Ipv4Addr::LOCALHOST.into(), listener)
+    // Not bound before it connects: then a port is taken for this pair of addresses alone, of which there are always some,
+    // while a bound one must be free for all (`ip_local_port_range` and TIME_WAIT of earlier tests).
+    talk(&connect(listener)?)
 }
 
 /// As [`ask`], from this address.
@@ -113,9 +115,12 @@ pub fn ask(listener: SocketAddr) -> io::Result<String> {
 /// # Errors
 /// As that.
 pub fn ask_from(source: IpAddr, listener: SocketAddr) -> io::Result<String> {
-    let stream = connect_from(source, listener)?;
-    let name = greet(&stream)?;
-    converse(&stream)?;
+    talk(&connect_from(source, listener)?)
+}
+
+fn talk(stream: &TcpStream) -> io::Result<String> {
+    let name = greet(stream)?;
+    converse(stream)?;
     Ok(name)
 }
 
