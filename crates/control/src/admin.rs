@@ -43,7 +43,10 @@ impl Admin {
         }
         if !pool.is_empty() {
             let name = parse::pool_name(pool).map_err(invalid)?;
-            registry.resources(Some(&name), self.shared.clock.now()).map_err(unknown_pool)?;
+            let known = registry.pool_names();
+            if !known.contains(&name) {
+                return Err(unknown_pool(UnknownPool { pool: name, known }));
+            }
         }
         Ok(())
     }

@@ -10,6 +10,7 @@
 //! reports: then both are refused, and the first to try again is let in.
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
 use allocation::ResourceId;
@@ -24,6 +25,8 @@ const ID_BYTES_MAX: usize = 256;
 pub(crate) struct Beneath {
     /// By the resource that said so.
     said: Mutex<HashMap<ResourceId, Vec<String>>>,
+    /// Whether anybody did: asked at every report, which must not wait for the lock.
+    any: AtomicBool,
 }
 
 /// Why a balancer may not be a resource of this one.
@@ -61,12 +64,13 @@ impl Beneath {
         } else if said.get(id) != Some(&beneath) {
             said.insert(id.clone(), beneath);
         }
+        self.any.store(!said.is_empty(), Relaxed);
         Ok(())
     }
 
     /// Whether anybody said anything: most balancers have no other beneath them.
     pub(crate) fn is_empty(&self) -> bool {
-        self.said.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+        !self.any.load(Relaxed)
     }
 
     /// All of them and this one, sorted.

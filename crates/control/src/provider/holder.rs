@@ -157,7 +157,6 @@ impl Holder {
             flows_max: offer.flows_max,
             weight: offer.weight,
             report_interval: Some(self.report_interval),
-            probe_address: String::new(),
             ..RawRegistration::default()
         })?;
         if !self.pools.is_empty() && !self.pools.contains(registration.pool()) {
