@@ -17,8 +17,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let members = Members::new(backends.iter().map(backend).collect::<Result<_, _>>()?);
     let weights = vec![1.0; members.backends().len()];
     let table = AllocationTable::new(1, Policy::Adaptive, Arc::new(members), weights);
-    let listener =
-        dataplane::ListenerConfig { bind: *bind, pool: "example".parse()?, table: Publisher::new(table) };
+    let listener = dataplane::ListenerConfig::new(*bind, "example".parse()?, Publisher::new(table));
     let mut config = dataplane::Config::new(vec![listener]);
     config.workers = 1;
     let bound = dataplane::bind(config).map_err(|errors| format!("{errors:?}"))?;

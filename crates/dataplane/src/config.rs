@@ -45,9 +45,28 @@ impl Config {
 pub struct ListenerConfig {
     /// Where to accept. Port 0: any free one.
     pub bind: SocketAddr,
-    /// The pool that serves its flows, for names and labels.
+    /// Whom its flows are given to: the first is the default, and there is one at least.
+    pub targets: Vec<Target>,
+}
+
+impl ListenerConfig {
+    /// A listener whose flows go to one pool.
+    pub fn new(bind: SocketAddr, pool: PoolName, table: Publisher) -> Self {
+        Self { bind, targets: vec![Target { pool, table }] }
+    }
+
+    /// The pool that gets what nothing else is said of.
+    pub(crate) fn pool(&self) -> &PoolName {
+        &self.targets[0].pool
+    }
+}
+
+/// A pool that serves flows of a listener.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// For names and labels.
     pub pool: PoolName,
-    /// The pool's table.
+    /// Its table.
     pub table: Publisher,
 }
 

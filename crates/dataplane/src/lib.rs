@@ -15,11 +15,9 @@
 //!
 //! ```no_run
 //! # use allocation::{AllocationTable, Policy, Publisher};
-//! let listener = dataplane::ListenerConfig {
-//!     bind: "127.0.0.1:5432".parse().unwrap(),
-//!     pool: "sql".parse().unwrap(),
-//!     table: Publisher::new(AllocationTable::empty(Policy::Adaptive)),
-//! };
+//! let table = Publisher::new(AllocationTable::empty(Policy::Adaptive));
+//! let (bind, pool) = ("127.0.0.1:5432".parse().unwrap(), "sql".parse().unwrap());
+//! let listener = dataplane::ListenerConfig::new(bind, pool, table);
 //! let bound = dataplane::bind(dataplane::Config::new(vec![listener])).unwrap();
 //! let running = bound.start().unwrap();
 //! running.drain(std::time::Duration::from_secs(30));
@@ -30,6 +28,7 @@
 mod clock;
 mod config;
 mod decisions;
+mod io;
 mod listen;
 mod pipes;
 mod run;
@@ -37,5 +36,5 @@ mod slots;
 mod stats;
 mod worker;
 
-pub use config::{Config, Limits, ListenerConfig, Timeouts};
+pub use config::{Config, Limits, ListenerConfig, Target, Timeouts};
 pub use run::{Bound, Dataplane, StartError, WorkerFailed, bind};

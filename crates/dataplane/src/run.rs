@@ -14,7 +14,7 @@ use flow::Tuning;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{Resource, getrlimit};
 use rustix::thread::{CpuSet, sched_getaffinity};
-use uring::{ProbeError, SetupError};
+use uring::{ProbeError, Ring, SetupError};
 
 use crate::clock::Clock;
 use crate::config::{Config, Limits};
@@ -178,7 +178,7 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
         return Err(errors);
     }
     let stats = Stats {
-        listeners: addresses.iter().copied().zip(config.listeners.iter().map(|l| l.pool.clone())).collect(),
+        listeners: addresses.iter().copied().zip(config.listeners.iter().map(|l| l.pool().clone())).collect(),
         workers: (0..workers)
             .map(|_| Arc::new(WorkerStats::new(config.listeners.len(), config.decision_sample)))
             .collect(),
@@ -226,7 +226,7 @@ impl Bound {
             let ready = ready.clone();
             let shared = Arc::clone(&shared);
             let thread = std::thread::Builder::new().name(format!("worker-{worker}")).spawn(move || {
-                let result = Worker::start(setup);
+                let result = Worker::<Ring>::start(setup);
                 let error = result.as_ref().err().map(ToString::to_string);
                 let (worker, outcome) = match result {
                     Ok(worker) => (Some(worker), Ok(())),
@@ -274,7 +274,9 @@ impl Bound {
             shared: Arc::clone(shared),
             stats: Arc::clone(&self.stats.workers[worker]),
             buffer_bytes: Arc::clone(&self.stats),
-            listeners: listeners.map(|(sockets, l)| (sockets.remove(0), l.table.reader())).collect(),
+            listeners: listeners
+                .map(|(sockets, l)| (sockets.remove(0), l.targets.iter().map(|t| t.table.reader()).collect()))
+                .collect(),
             flows_max,
             buffers_max: if limits.buffers_max == 0 {
                 flows_max.saturating_mul(2).max(256)

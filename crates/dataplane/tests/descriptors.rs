@@ -28,7 +28,7 @@ fn it_waits_without_spinning_and_recovers() {
     let members = Members::new(vec![Backend { id: "b".parse().unwrap(), address, flows_max: 0, live }]);
     let table = AllocationTable::new(1, Policy::Adaptive, Arc::new(members), vec![1.0]);
     let bind = (Ipv4Addr::LOCALHOST, 0).into();
-    let listener = ListenerConfig { bind, pool: "test".parse().unwrap(), table: Publisher::new(table) };
+    let listener = ListenerConfig::new(bind, "test".parse().unwrap(), Publisher::new(table));
     let mut config = Config::new(vec![listener]);
     config.workers = 1;
     let proxy = dataplane::bind(config).unwrap().start().unwrap();

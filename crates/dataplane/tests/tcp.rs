@@ -50,11 +50,7 @@ impl Proxy {
     fn at(bind: &str, backends: &[SocketAddr], tune: impl FnOnce(&mut Config)) -> Self {
         let (table, live) = table(Policy::RoundRobin, backends, 0);
         let publisher = Publisher::new(table);
-        let listener = ListenerConfig {
-            bind: bind.parse().unwrap(),
-            pool: "test".parse().unwrap(),
-            table: publisher.clone(),
-        };
+        let listener = ListenerConfig::new(bind.parse().unwrap(), "test".parse().unwrap(), publisher.clone());
         let mut config = Config::new(vec![listener]);
         config.workers = 1;
         tune(&mut config);
@@ -744,10 +740,9 @@ fn few_buffers_are_shared_by_many_flows() {
 fn a_port_in_use_is_said_before_anything_starts() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let holder = TcpListener::bind(taken).unwrap();
-    let listener = |bind: SocketAddr| ListenerConfig {
-        bind,
-        pool: "test".parse().unwrap(),
-        table: Publisher::new(AllocationTable::empty(Policy::Adaptive)),
+    let listener = |bind: SocketAddr| {
+        let table = Publisher::new(AllocationTable::empty(Policy::Adaptive));
+        ListenerConfig::new(bind, "test".parse().unwrap(), table)
     };
     let unreachable = "192.0.2.1:1".parse().unwrap();
     let errors = dataplane::bind(Config::new(vec![listener(taken), listener(unreachable)])).unwrap_err();

@@ -53,11 +53,8 @@ fn configuration(args: &ProxyArgs) -> Result<dataplane::Config, Failure> {
     }
     let pool: PoolName = POOL.parse().map_err(|error: allocation::IdError| Failure::Fault(error.into()))?;
     let table = Publisher::new(table(args)?);
-    let listeners = listen.into_iter().map(|bind| dataplane::ListenerConfig {
-        bind,
-        pool: pool.clone(),
-        table: table.clone(),
-    });
+    let listeners =
+        listen.into_iter().map(|bind| dataplane::ListenerConfig::new(bind, pool.clone(), table.clone()));
     let mut config = dataplane::Config::new(listeners.collect());
     config.workers = usize::from(args.workers);
     config.limits.flows_max = args.flows_max;

@@ -156,11 +156,8 @@ fn listener_reason(error: &dataplane::StartError) -> String {
 fn dataplane_config(config: &Config, pools: &Pools) -> dataplane::Config {
     let listeners = config.listeners.iter().filter_map(|listener| {
         // The configuration was refused if a listener names no pool.
-        pools.table(config, listener).map(|table| dataplane::ListenerConfig {
-            bind: listener.bind.0,
-            pool: listener.pool.clone(),
-            table,
-        })
+        let table = pools.table(config, listener)?;
+        Some(dataplane::ListenerConfig::new(listener.bind.0, listener.pool.clone(), table))
     });
     let mut made = dataplane::Config::new(listeners.collect());
     let told = &config.dataplane;

@@ -76,13 +76,13 @@ fn round_trip() -> Result<(), ProbeError> {
     let buffer = received.buffer.ok_or(ProbeError::Broken { op: Op::RecvClient, result: 4 })?;
     ring.send(server.as_fd(), buffer, 0, 4, token(Op::SendClient))?;
     expect(&mut ring, &mut seen, Op::SendClient, |c| c.result == 4)?;
-    ring.pool().release(buffer);
+    ring.pool_mut().release(buffer);
     let mut echo = [0; 4];
     client.read_exact(&mut echo)?;
 
     ring.cancel(token(Op::RecvClient))?;
     expect(&mut ring, &mut seen, Op::RecvClient, |c| !c.more)?;
-    ring.pool().grow(Group::First, 8);
+    ring.pool_mut().grow(Group::First, 8);
     ring.recv_once(server.as_fd(), Group::First, token(Op::RecvClient))?;
     client.write_all(b"tab")?;
     expect(&mut ring, &mut seen, Op::RecvClient, |c| c.result == 3 && !c.more && c.buffer.is_some())?;

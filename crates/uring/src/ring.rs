@@ -169,7 +169,12 @@ impl Ring {
     }
 
     /// The receive buffers.
-    pub fn pool(&mut self) -> &mut BufferPool {
+    pub fn pool(&self) -> &BufferPool {
+        &self.pool
+    }
+
+    /// The receive buffers, to make more of them and to give them back.
+    pub fn pool_mut(&mut self) -> &mut BufferPool {
         &mut self.pool
     }
 

@@ -1,0 +1,179 @@
+//! What a worker asks of an engine: the ring's operations and completions, whoever provides them.
+//!
+//! [`uring::Ring`] is the product. The other engines imitate it, operation for operation and completion for completion, so
+//! that everything above (flows, limits, logs) is written once and one conformance suite holds for all of them.
+//!
+//! The contract, beyond what [`uring::Ring`] documents for each operation:
+//!
+//! * every operation completes: with [`Completion::more`] any number of times, and once without it, also when cancelled;
+//! * nothing happens before [`Io::enter`] hands it over, and completions are seen only by [`Io::completions`];
+//! * cancelling what has completed is no error and completes nothing;
+//! * a descriptor that is closed with [`Io::close`] has nothing in flight but what was cancelled before, in that order.
+
+use std::net::SocketAddr;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use uring::{Completion, EnterError, Group, Ring, Setup, SetupError, Token, Wait};
+
+/// One worker's engine: submissions, completions, and the buffers that receives take.
+pub(crate) trait Io: Sized {
+    /// Makes it, on the thread that will use it.
+    fn start(setup: Setup) -> Result<Self, SetupError>;
+
+    /// Accepts connections until cancelled or failed; each successful completion carries a socket.
+    fn accept(&mut self, listener: BorrowedFd<'_>, token: Token) -> Result<(), EnterError>;
+
+    /// Connects; the result is 0 or a negated errno.
+    fn connect(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        address: &SocketAddr,
+        token: Token,
+    ) -> Result<(), EnterError>;
+
+    /// Receives until cancelled, failed, at the end of the stream (result 0), or without a buffer of [`Group::Shared`]
+    /// (`ENOBUFS`).
+    fn recv_many(&mut self, socket: BorrowedFd<'_>, token: Token) -> Result<(), EnterError>;
+
+    /// Receives once, into one buffer of the group; without one when bytes come, `ENOBUFS`.
+    fn recv_once(&mut self, socket: BorrowedFd<'_>, group: Group, token: Token) -> Result<(), EnterError>;
+
+    /// Sends a part of a held buffer, all of it unless an error stops it halfway.
+    fn send(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        buffer: u16,
+        start: u32,
+        length: u32,
+        token: Token,
+    ) -> Result<(), EnterError>;
+
+    /// One completion when there is something to read, the end of the stream, or an error.
+    fn poll_readable(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError>;
+
+    /// One completion when there is room to write, or an error.
+    fn poll_writable(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError>;
+
+    /// Cancels what was submitted with `target`. That still completes, with `ECANCELED` or as if never cancelled.
+    fn cancel(&mut self, target: Token) -> Result<(), EnterError>;
+
+    /// Closes the descriptor after all that is queued for it.
+    fn close(&mut self, file: OwnedFd) -> Result<(), EnterError>;
+
+    /// Hands over what is queued and waits for a completion.
+    fn enter(&mut self, wait: Wait) -> Result<(), EnterError>;
+
+    /// Takes the completions that are there.
+    fn completions(&mut self, into: &mut Vec<Completion>);
+
+    /// System calls made to enter.
+    fn enters(&self) -> u64;
+
+    /// Completions that found the queue full.
+    fn completion_overflows(&mut self) -> u32;
+
+    /// Buffers of the group that there are.
+    fn buffers(&self, group: Group) -> u32;
+
+    /// How many of them hold bytes on their way.
+    fn buffers_held(&self, group: Group) -> u32;
+
+    /// How many wait for bytes.
+    fn buffers_free(&self, group: Group) -> u32;
+
+    /// Makes up to `more` further buffers; returns how many.
+    fn grow(&mut self, group: Group, more: u32) -> u32;
+
+    /// Gives a held buffer back.
+    fn release(&mut self, buffer: u16);
+}
+
+impl Io for Ring {
+    fn start(setup: Setup) -> Result<Self, SetupError> {
+        Self::new(setup)
+    }
+
+    fn accept(&mut self, listener: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.accept(listener, token)
+    }
+
+    fn connect(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        address: &SocketAddr,
+        token: Token,
+    ) -> Result<(), EnterError> {
+        self.connect(socket, address, token)
+    }
+
+    fn recv_many(&mut self, socket: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.recv_many(socket, token)
+    }
+
+    fn recv_once(&mut self, socket: BorrowedFd<'_>, group: Group, token: Token) -> Result<(), EnterError> {
+        self.recv_once(socket, group, token)
+    }
+
+    fn send(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        buffer: u16,
+        start: u32,
+        length: u32,
+        token: Token,
+    ) -> Result<(), EnterError> {
+        self.send(socket, buffer, start, length, token)
+    }
+
+    fn poll_readable(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.poll_readable(file, token)
+    }
+
+    fn poll_writable(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.poll_writable(file, token)
+    }
+
+    fn cancel(&mut self, target: Token) -> Result<(), EnterError> {
+        self.cancel(target)
+    }
+
+    fn close(&mut self, file: OwnedFd) -> Result<(), EnterError> {
+        self.close(file)
+    }
+
+    fn enter(&mut self, wait: Wait) -> Result<(), EnterError> {
+        self.enter(wait)
+    }
+
+    fn completions(&mut self, into: &mut Vec<Completion>) {
+        self.completions(into);
+    }
+
+    fn enters(&self) -> u64 {
+        self.enters()
+    }
+
+    fn completion_overflows(&mut self) -> u32 {
+        self.completion_overflows()
+    }
+
+    fn buffers(&self, group: Group) -> u32 {
+        self.pool().buffers(group)
+    }
+
+    fn buffers_held(&self, group: Group) -> u32 {
+        self.pool().held(group)
+    }
+
+    fn buffers_free(&self, group: Group) -> u32 {
+        self.pool().free(group)
+    }
+
+    fn grow(&mut self, group: Group, more: u32) -> u32 {
+        self.pool_mut().grow(group, more)
+    }
+
+    fn release(&mut self, buffer: u16) {
+        self.pool_mut().release(buffer);
+    }
+}

@@ -1,0 +1,118 @@
+//! What completions mean to a flow.
+
+use std::sync::Arc;
+
+use allocation::ConnectFailure;
+use flow::{BufferId, Chunk, Input, RecvEnd, Side};
+use rustix::io::Errno;
+use uring::{Completion, Group};
+
+use super::connect::local_failure;
+use super::{MOVED_AT_MOST, Worker};
+use crate::io::Io;
+
+impl<I: Io> Worker<I> {
+    pub(super) fn recv_input(&mut self, index: u32, from: Side, completion: &Completion) -> Option<Input> {
+        if completion.result > 0
+            && let Some(buffer) = completion.buffer
+        {
+            if from == Side::Backend {
+                self.first_answer(index);
+            }
+            let chunk = Chunk { buffer: BufferId(buffer), start: 0, length: completion.result as u32 };
+            return Some(Input::Received { from, chunk, armed: completion.more });
+        }
+        if let Some(buffer) = completion.buffer {
+            self.ring.release(buffer);
+        }
+        let why = match -completion.result {
+            0 => RecvEnd::Eof,
+            e if e == Errno::NOBUFS.raw_os_error() => {
+                self.stats.buffer_waits.add(1);
+                if self.ring.buffers_free(Group::Shared) == 0 {
+                    let double = self.ring.buffers(Group::Shared);
+                    self.ring.grow(Group::Shared, double);
+                }
+                RecvEnd::NoBuffers
+            }
+            e if e == Errno::CANCELED.raw_os_error() => RecvEnd::Cancelled,
+            // ECONNRESET, and what amounts to it: ETIMEDOUT (keepalive), EHOSTUNREACH, EPIPE.
+            _ => RecvEnd::Reset,
+        };
+        Some(Input::RecvEnded { from, why })
+    }
+
+    pub(super) fn first_answer(&mut self, index: u32) {
+        if let Some(slot) = self.flows.get_mut(index)
+            && !slot.answered
+        {
+            slot.answered = true;
+            if let Some(open) = &slot.open {
+                open.answered();
+                let took = self.now.micros.saturating_sub(slot.asked_micros);
+                open.first_byte_took(took, self.now.timestamp());
+            }
+        }
+    }
+
+    pub(super) fn send_input(&mut self, index: u32, to: Side, result: i32) -> Option<Input> {
+        if result <= 0 {
+            return Some(Input::SendFailed { to });
+        }
+        self.count_bytes(index, to, result as u64);
+        Some(Input::Sent { to, bytes: result as u32 })
+    }
+
+    pub(super) fn count_bytes(&mut self, index: u32, to: Side, bytes: u64) {
+        let Some(slot) = self.flows.get_mut(index) else { return };
+        let stats = &self.stats.listeners[usize::from(slot.listener)];
+        // No completion and no splice is of 4 GiB.
+        let moved = u32::try_from(bytes).unwrap_or(u32::MAX);
+        match to {
+            Side::Client => {
+                stats.bytes_to_client.add(bytes);
+                slot.moved.to_client = slot.moved.to_client.saturating_add(moved);
+            }
+            Side::Backend => {
+                stats.bytes_to_backend.add(bytes);
+                slot.moved.to_backend = slot.moved.to_backend.saturating_add(moved);
+            }
+        }
+        if slot.moved.to_client.max(slot.moved.to_backend) >= MOVED_AT_MOST {
+            slot.hand_over_moved();
+        }
+    }
+
+    pub(super) fn connect_input(&mut self, index: u32, result: i32) -> Option<Input> {
+        let now = self.now;
+        let stats = Arc::clone(&self.stats);
+        let slot = self.flows.get_mut(index)?;
+        let stats = &stats.listeners[usize::from(slot.listener)];
+        if slot.flow.is_closed() {
+            return None;
+        }
+        if result == 0 {
+            let took = now.micros - slot.asked_micros;
+            stats.connect_seconds.record(took);
+            if let Some(open) = &slot.open {
+                open.connected();
+                open.connect_took(took);
+            }
+            slot.asked_micros = now.micros;
+            slot.tried = Vec::new();
+            slot.local_failure = None;
+            return Some(Input::Connected);
+        }
+        stats.connect_retries.add(1);
+        slot.local_failure = local_failure(-result);
+        if let Some(open) = slot.open.take() {
+            if slot.local_failure.is_none() {
+                let cancelled = -result == Errno::CANCELED.raw_os_error();
+                let failure = if cancelled { ConnectFailure::TimedOut } else { ConnectFailure::Refused };
+                open.connect_failed(failure, now.timestamp());
+            }
+            slot.tried.push(Arc::clone(open.live()));
+        }
+        Some(Input::ConnectFailed)
+    }
+}

@@ -1,0 +1,158 @@
+//! Doing what a flow says.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use flow::{Chunk, Output, Shot, Side};
+use rustix::net::{Shutdown, sockopt};
+use uring::{EnterError, Group, Op, Token};
+
+use super::slot::Nodelay;
+use super::{BUFFERS_MORE, Worker, bit, readable_op, recv_op, send_op, writable_op};
+use crate::io::Io;
+use crate::listen;
+use crate::stats::ListenerStats;
+
+impl<I: Io> Worker<I> {
+    pub(super) fn perform(&mut self, index: u32, output: Output) -> Result<(), EnterError> {
+        match output {
+            Output::Connect => self.connect(index),
+            Output::CancelConnect => {
+                let token = self.token(Op::Connect, index);
+                self.ring.cancel(token)
+            }
+            Output::Recv { from, shot } => self.recv(index, from, shot),
+            Output::CancelRecv { from } => {
+                let token = self.token(recv_op(from), index);
+                self.ring.cancel(token)
+            }
+            Output::AwaitBuffers { from } => {
+                self.await_buffers(index, from);
+                Ok(())
+            }
+            Output::Send { to, chunk: Chunk { buffer, start, length } } => {
+                if to == Side::Backend {
+                    self.before_send_to_backend(index);
+                }
+                self.submit(index, to, send_op(to), |ring, socket, token| {
+                    ring.send(socket, buffer.0, start, length, token)
+                })
+            }
+            Output::Splice { from } => {
+                self.splice(index, from);
+                Ok(())
+            }
+            Output::Unsplice { from } => {
+                if let Some(pipe) = self.flows.get_mut(index).and_then(|slot| slot.pipe(from).take()) {
+                    self.pipes.put(pipe);
+                }
+                Ok(())
+            }
+            Output::Fill { from } => {
+                self.fill(index, from);
+                Ok(())
+            }
+            Output::Flush { to } => {
+                self.flush(index, to);
+                Ok(())
+            }
+            Output::PollRead { from } => self.submit(index, from, readable_op(from), I::poll_readable),
+            Output::PollWrite { to } => self.submit(index, to, writable_op(to), I::poll_writable),
+            Output::Shutdown { to } => {
+                if let Some(socket) = self.socket(index, to) {
+                    // Fails when the peer has reset the connection, which its receive will say.
+                    let _ = rustix::net::shutdown(socket, Shutdown::Write);
+                }
+                Ok(())
+            }
+            Output::Release(buffer) => {
+                self.ring.release(buffer.0);
+                Ok(())
+            }
+            Output::Closed { reset_client, reset_backend, reason } => {
+                self.closed(index, reset_client, reset_backend, reason)
+            }
+        }
+    }
+
+    pub(super) fn recv(&mut self, index: u32, from: Side, shot: Shot) -> Result<(), EnterError> {
+        let group = match shot {
+            Shot::Many => return self.submit(index, from, recv_op(from), I::recv_many),
+            Shot::First => Group::First,
+            Shot::Further => Group::Shared,
+        };
+        if self.ring.buffers_free(group) == 0 {
+            self.ring.grow(group, BUFFERS_MORE);
+        }
+        self.submit(index, from, recv_op(from), |ring, socket, token| ring.recv_once(socket, group, token))
+    }
+
+    /// A first segment is never held back; from the second on, Nagle's algorithm must be off. A flow of one request is
+    /// spared the system call. (Client sockets inherit the option.)
+    pub(super) fn before_send_to_backend(&mut self, index: u32) {
+        let Some(slot) = self.flows.get_mut(index) else { return };
+        slot.nodelay = match (slot.nodelay, &slot.backend) {
+            (Nodelay::NothingSent, _) => {
+                slot.asked_micros = self.now.micros;
+                Nodelay::SentOnce
+            }
+            (Nodelay::SentOnce, Some(socket)) => {
+                // If it fails, the flow is slower and still right.
+                let _ = sockopt::set_tcp_nodelay(socket, true);
+                Nodelay::Set
+            }
+            (state, _) => state,
+        };
+    }
+
+    /// The flow has lived for longer than a short one does: from now on a dead backend host must be noticed.
+    /// (Client sockets inherit keepalive.)
+    pub(super) fn settle(&mut self, index: u32) {
+        let Some(slot) = self.flows.get_mut(index) else { return };
+        if let (Some(idle), Some(socket), false, true) =
+            (self.keepalive, &slot.backend, slot.settled, slot.flow.is_open())
+        {
+            slot.settled = true;
+            // If one fails, a dead host is noticed late, by the idle timeout.
+            let _ = sockopt::set_socket_keepalive(socket, true);
+            let _ = sockopt::set_tcp_keepidle(socket, idle);
+            let _ = sockopt::set_tcp_keepintvl(socket, listen::probe_interval(idle));
+        }
+    }
+
+    pub(super) fn submit(
+        &mut self,
+        index: u32,
+        side: Side,
+        op: Op,
+        queue: impl FnOnce(&mut I, BorrowedFd<'_>, Token) -> Result<(), EnterError>,
+    ) -> Result<(), EnterError> {
+        let token = self.token(op, index);
+        let Some(slot) = self.flows.get_mut(index) else { return Ok(()) };
+        let socket = match side {
+            Side::Client => &slot.client,
+            Side::Backend => &slot.backend,
+        };
+        let Some(socket) = socket else { return Ok(()) };
+        debug_assert_eq!(slot.in_flight & bit(op), 0, "one {op:?} at a time");
+        slot.in_flight |= bit(op);
+        queue(&mut self.ring, socket.as_fd(), token)
+    }
+
+    pub(super) fn socket(&self, index: u32, side: Side) -> Option<BorrowedFd<'_>> {
+        let slot = self.flows.get(index)?;
+        match side {
+            Side::Client => slot.client.as_ref(),
+            Side::Backend => slot.backend.as_ref(),
+        }
+        .map(AsFd::as_fd)
+    }
+
+    pub(super) fn token(&self, op: Op, index: u32) -> Token {
+        Token::new(op, index, self.flows.generation(index).unwrap_or_default())
+    }
+
+    pub(super) fn listener_stats(&self, index: u32) -> Option<&ListenerStats> {
+        let slot = self.flows.get(index)?;
+        Some(&self.stats.listeners[usize::from(slot.listener)])
+    }
+}

@@ -1,0 +1,131 @@
+//! A flow, a listener, and what belongs to them.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use allocation::{AllocationTable, LiveFacts, OpenFlow, Reader, Selector, Timestamp};
+use flow::{Flow, Side};
+
+use crate::pipes::Pipe;
+use crate::stats::Shed;
+
+pub(super) struct Listener {
+    /// `None` once it is closed.
+    pub(super) socket: Option<OwnedFd>,
+    pub(super) armed: bool,
+    /// Whom its flows are given to: the first is the default.
+    pub(super) targets: Box<[Target]>,
+}
+
+/// A pool that serves flows of a listener.
+pub(super) struct Target {
+    reader: Reader,
+    /// The table of this batch.
+    table: Arc<AllocationTable>,
+    /// Whether `table` was read in this batch.
+    table_read: bool,
+    /// Its own: turns of one pool must not move those of another.
+    pub(super) selector: Selector,
+}
+
+/// One flow and its sockets.
+pub(super) struct FlowSlot {
+    pub(super) flow: Flow,
+    pub(super) listener: u16,
+    /// Of the listener's targets.
+    pub(super) target: u16,
+    /// Submissions whose last completion has not come: a bit for each operation, of which there is one at most.
+    pub(super) in_flight: u16,
+    /// The backend has sent a byte.
+    pub(super) answered: bool,
+    pub(super) nodelay: Nodelay,
+    /// Keepalive is on towards the backend.
+    pub(super) settled: bool,
+    /// The last connect failed for want of something of ours, not through the backend.
+    pub(super) local_failure: Option<Shed>,
+    pub(super) client: Option<OwnedFd>,
+    pub(super) backend: Option<OwnedFd>,
+    /// Of halves that are spliced, by source; few flows have any.
+    pub(super) pipes: Option<Box<[Option<Pipe>; 2]>>,
+    /// Counts the flow on its backend.
+    pub(super) open: Option<OpenFlow>,
+    /// Backends whose connect failed, at most [`Excluded::MAX`].
+    pub(super) tried: Vec<Arc<LiveFacts>>,
+    /// What the timer is armed for; the flow's own deadline may have moved on since.
+    pub(super) armed_for: Timestamp,
+    pub(super) accepted_micros: u64,
+    /// When the connect began; from then on, when the backend was last given reason to answer for the first time.
+    pub(super) asked_micros: u64,
+    /// Bytes delivered that its backend's count does not have yet.
+    pub(super) moved: Moved,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Moved {
+    pub(super) to_client: u32,
+    pub(super) to_backend: u32,
+}
+
+/// Whether Nagle's algorithm is off towards the backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Nodelay {
+    NothingSent,
+    SentOnce,
+    Set,
+}
+
+impl Listener {
+    /// At the beginning of a batch: tables are read again when they are asked for.
+    pub(super) fn begin_batch(&mut self) {
+        for target in &mut self.targets {
+            target.table_read = false;
+        }
+    }
+}
+
+impl Target {
+    pub(super) fn new(mut reader: Reader, seed: u64) -> Self {
+        let table = Arc::clone(reader.read());
+        Self { reader, table, table_read: false, selector: Selector::new(seed) }
+    }
+
+    /// The pool's table, read once per batch.
+    pub(super) fn table(&mut self) -> &Arc<AllocationTable> {
+        if !self.table_read {
+            self.table_read = true;
+            let newest = self.reader.read();
+            if !Arc::ptr_eq(newest, &self.table) {
+                self.table = Arc::clone(newest);
+            }
+        }
+        &self.table
+    }
+}
+
+impl FlowSlot {
+    /// Adds what was delivered to the backend's count.
+    pub(super) fn hand_over_moved(&mut self) {
+        let Moved { to_client, to_backend } = std::mem::take(&mut self.moved);
+        if let Some(open) = self.open.as_ref().filter(|_| to_client | to_backend != 0) {
+            open.moved_bytes(u64::from(to_client), u64::from(to_backend));
+        }
+    }
+
+    pub(super) fn pipe(&mut self, from: Side) -> &mut Option<Pipe> {
+        &mut self.pipes.get_or_insert_default()[from as usize]
+    }
+
+    /// A side's socket and the pipe of the half whose source is `from`.
+    pub(super) fn socket_and_pipe(
+        &mut self,
+        side: Side,
+        from: Side,
+    ) -> (Option<BorrowedFd<'_>>, Option<&mut Pipe>) {
+        let socket = match side {
+            Side::Client => &self.client,
+            Side::Backend => &self.backend,
+        };
+        let pipe = self.pipes.as_mut().and_then(|pipes| pipes[from as usize].as_mut());
+        (socket.as_ref().map(AsFd::as_fd), pipe)
+    }
+}
