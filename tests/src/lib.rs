@@ -39,7 +39,7 @@ pub use namespace::Namespace;
 pub use pattern::{check_stream, send_stream};
 pub use pki::Pki;
 pub use postgres::{PgBench, Postgres};
-pub use process::{Descriptors, Ended, Process, descriptors, resident_bytes};
+pub use process::{Descriptors, Ended, Process, descriptors, resident_bytes, settled_descriptors};
 pub use service::{Asked, Clients, Manners, Service, ask, ask_from, converse, greet};
 pub use sources::{Exporter, MariaDb, PythonOrca, Text, read_head, wheel};
 pub use sql::{Attempt, Load, Psql, SqlClient, SqlError};

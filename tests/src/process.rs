@@ -183,6 +183,22 @@ pub fn descriptors(pid: u32) -> Descriptors {
     counted
 }
 
+/// What a process has open once that stays the same for a while: what a test asked it before may still be closing.
+///
+/// # Panics
+/// When it is gone, or never comes to rest.
+pub fn settled_descriptors(pid: u32) -> Descriptors {
+    /// Looks in a row, some 10 ms apart, that must agree.
+    const ALIKE: u32 = 10;
+    let (mut last, mut alike) = (descriptors(pid), 0);
+    crate::until("what a process has open stays the same", || {
+        let now = descriptors(pid);
+        alike = if now == last { alike + 1 } else { 0 };
+        last = now;
+        (alike == ALIKE).then_some(now)
+    })
+}
+
 /// Resident memory of a process.
 ///
 /// # Panics

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use e2e::{
     Backend, Balancer, BalancerConfig, Descriptors, PATIENCE, Proxy, check_stream, connect, descriptors,
-    is_reset, listen, reset, resident_bytes, send_stream, until,
+    is_reset, listen, reset, resident_bytes, send_stream, settled_descriptors, until,
 };
 
 const MIB: u64 = 1024 * 1024;
@@ -70,7 +70,7 @@ fn read_end(stream: &mut TcpStream) -> io::Result<usize> {
 #[test]
 fn a_gibibyte_each_way_at_once() {
     let mut pair = Pair::start(&[]);
-    let at_start = descriptors(pair.proxy.process().id());
+    let at_start = settled_descriptors(pair.proxy.process().id());
     let (client, backend) = pair.flow();
     let start = Instant::now();
     scope(|threads| {
@@ -95,7 +95,7 @@ fn a_gibibyte_each_way_at_once() {
 #[test]
 fn half_close_both_ways() {
     let mut pair = Pair::start(&[]);
-    let at_start = descriptors(pair.proxy.process().id());
+    let at_start = settled_descriptors(pair.proxy.process().id());
 
     // The client is done first; what the backend says after that arrives whole.
     let (mut client, mut backend) = pair.flow();
@@ -151,7 +151,7 @@ fn half_close_both_ways() {
 #[test]
 fn a_reset_on_one_side_resets_the_other() {
     let mut pair = Pair::start(&[]);
-    let at_start = descriptors(pair.proxy.process().id());
+    let at_start = settled_descriptors(pair.proxy.process().id());
     let exchange = |client: &mut TcpStream, backend: &mut TcpStream| {
         client.write_all(b"ping").expect("taken");
         backend.read_exact(&mut [0; 4]).expect("it comes");
@@ -222,7 +222,7 @@ fn a_reset_on_one_side_resets_the_other() {
 #[test]
 fn what_was_sent_before_a_reset_of_the_other_half_arrives() {
     let mut pair = Pair::start(&[]);
-    let at_start = descriptors(pair.proxy.process().id());
+    let at_start = settled_descriptors(pair.proxy.process().id());
     // The server speaks first, as FTP and SMTP do.
     let (mut client, mut backend) = pair.flow();
     backend.write_all(b"220 ready\r\n").expect("taken");
@@ -293,7 +293,7 @@ fn a_slow_reader_holds_back_a_fast_writer_in_bounded_memory() {
 
     let mut pair = Pair::start(&["--workers", "1", "--flows-max", &FLOWS_MAX.to_string()]);
     let proxy = pair.proxy.process().id();
-    let at_start = descriptors(proxy);
+    let at_start = settled_descriptors(proxy);
     // Once through, so that memory that stays after the first flow does not count.
     drop(pair.flow());
     pair.settle(at_start);
@@ -379,7 +379,7 @@ fn five_thousand_flows_at_once_leave_nothing_behind() {
             .map(|(name, what)| (what, metrics.sum(name, &[]) as u64))
     };
     until("the first flows are gone", || (idle() == [("flows", 0), ("buffers", 0)]).then_some(()));
-    let (descriptors_at_start, memory_at_start) = (descriptors(process), resident_bytes(process));
+    let (descriptors_at_start, memory_at_start) = (settled_descriptors(process), resident_bytes(process));
 
     let start = Instant::now();
     let mut flows = round(FLOWS);
