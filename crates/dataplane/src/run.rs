@@ -228,13 +228,12 @@ impl Bound {
             let setup = self.worker_setup(worker, clock, &shared);
             let ready = ready.clone();
             let shared = Arc::clone(&shared);
-            let thread = std::thread::Builder::new().name(format!("worker-{worker}")).spawn(move || {
-                match engine {
+            let thread =
+                std::thread::Builder::new().name(format!("worker-{worker}")).spawn(move || match engine {
                     Engine::Uring => work::<Ring>(setup, ready, &shared),
                     Engine::TokioUring => work::<TokioUring>(setup, ready, &shared),
                     Engine::Epoll => work::<Epoll>(setup, ready, &shared),
-                }
-            });
+                });
             match thread {
                 Ok(thread) => dataplane.threads.push(thread),
                 Err(error) => return Err(dataplane.give_up(error.into())),

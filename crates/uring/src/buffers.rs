@@ -212,7 +212,12 @@ impl BufferPool {
             count += 1;
         }
         let first = last - (count - 1);
-        Some(Provided { first, count, address: self.address(first), stride: stride(self.buffer_bytes) as i32 })
+        Some(Provided {
+            first,
+            count,
+            address: self.address(first),
+            stride: stride(self.buffer_bytes) as i32,
+        })
     }
 
     /// A kernel did not take the buffers that [`BufferPool::next_provided`] gave it: they are in their list again.

@@ -86,7 +86,8 @@ impl Source {
     }
 
     fn can_go_on(&self) -> bool {
-        let reads = self.readable && matches!(self.read, Some(Read::Accept(_) | Read::Many(_) | Read::Once(..)));
+        let reads =
+            self.readable && matches!(self.read, Some(Read::Accept(_) | Read::Many(_) | Read::Once(..)));
         reads || (!self.blocked && matches!(self.write, Some(Write::Send { .. })))
     }
 }
@@ -345,8 +346,8 @@ fn receive(
 impl Io for Epoll {
     fn start(setup: Setup) -> Result<Self, SetupError> {
         let at = |step| move |source| SetupError::Other { step, source };
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)
-            .map_err(|error| at("epoll_create1")(error.into()))?;
+        let epoll =
+            epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|error| at("epoll_create1")(error.into()))?;
         let pool = BufferPool::listed(&setup).map_err(at("reserving memory for buffers"))?;
         Ok(Self {
             epoll,

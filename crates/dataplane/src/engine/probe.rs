@@ -101,15 +101,10 @@ fn round_trip<I: Io>(setup: Setup) -> Result<(), ProbeError> {
 }
 
 /// Three bytes that are there, by a single receive.
-fn receive_once<I: Io>(
-    io: &mut I,
-    seen: &mut Vec<Completion>,
-    server: &OwnedFd,
-) -> Result<(), ProbeError> {
+fn receive_once<I: Io>(io: &mut I, seen: &mut Vec<Completion>, server: &OwnedFd) -> Result<(), ProbeError> {
     io.grow(Group::First, 8);
     io.recv_once(server.as_fd(), Group::First, token(Op::RecvClient))?;
-    let once =
-        expect(io, seen, Op::RecvClient, |c| c.result == 3 && !c.more && c.buffer.is_some())?;
+    let once = expect(io, seen, Op::RecvClient, |c| c.result == 3 && !c.more && c.buffer.is_some())?;
     once.buffer.into_iter().for_each(|buffer| io.release(buffer));
     Ok(())
 }

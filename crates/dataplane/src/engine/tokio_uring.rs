@@ -86,11 +86,18 @@ enum Kind {
     Connect,
     RecvMany,
     RecvOnce(Group),
-    Send { buffer: u16, start: u32, length: u32 },
+    Send {
+        buffer: u16,
+        start: u32,
+        length: u32,
+    },
     Readable,
     Writable,
     /// Free buffers become the kernel's.
-    Provide { first: u16, count: u16 },
+    Provide {
+        first: u16,
+        count: u16,
+    },
 }
 
 /// What follows when an operation has left the kernel.
@@ -160,8 +167,7 @@ impl Woken {
 impl State {
     fn queue(&mut self, token: Token, file: BorrowedFd<'_>, kind: Kind) {
         let file = Some(Lent::new(file));
-        let slot =
-            self.occupy(Operation { token: Some(token), file, kind, cancelled: false, flight: None });
+        let slot = self.occupy(Operation { token: Some(token), file, kind, cancelled: false, flight: None });
         self.places.insert(token, slot);
         self.queued.push_back(slot);
     }
@@ -424,8 +430,7 @@ impl Io for TokioUring {
         let Some(slot) = state.places.get(&target).copied() else { return Ok(()) };
         let Some(operation) = &mut state.slots[slot as usize].operation else { return Ok(()) };
         operation.cancelled = true;
-        let polls =
-            matches!(operation.kind, Kind::Accept | Kind::Connect | Kind::Readable | Kind::Writable);
+        let polls = matches!(operation.kind, Kind::Accept | Kind::Connect | Kind::Readable | Kind::Writable);
         if operation.flight.is_some() && polls {
             if let (Kind::Connect, Some(socket)) = (operation.kind, &operation.file) {
                 // It gives its port back now; the poll ends with it.

@@ -344,7 +344,10 @@ fn a_backend_that_accepts_and_resets_is_counted_and_left_alone() {
     // Five in a row, then it rests; round robin would have sent it twenty. A reset that is faster than the news of the
     // connection is a failed connect: that flow is served elsewhere, and the backend rests at once.
     let refused = proxy.live[0].connect_failures() > 0;
-    assert!(failures <= 8 && (failures >= 5 || refused), "{failures} flows were given to a backend that resets");
+    assert!(
+        failures <= 8 && (failures >= 5 || refused),
+        "{failures} flows were given to a backend that resets"
+    );
     eventually("they are counted", || proxy.closed("backend_reset") == u64::from(failures));
     assert_eq!(proxy.live[0].fast_resets(), u64::from(failures));
     proxy.finish();
@@ -752,7 +755,10 @@ fn few_buffers_are_shared_by_many_flows() {
     workers.into_iter().for_each(|worker| worker.join().unwrap());
     // With one receive after the other, 32 halves do without more than the 64 shared buffers there are at the start.
     let waits = engine() != Engine::TokioUring;
-    assert!(!waits || proxy.view.engine().buffer_waits > 0, "the bound was not reached: the test shows nothing");
+    assert!(
+        !waits || proxy.view.engine().buffer_waits > 0,
+        "the bound was not reached: the test shows nothing"
+    );
     proxy.finish();
 }
 
