@@ -6,8 +6,8 @@ use std::net::{Shutdown, SocketAddr};
 use std::process::Command;
 
 use e2e::{
-    Backend, Balancer, BalancerConfig, Manners, PATIENCE, PgBench, Postgres, Process, Proxy, Psql, Sandbox,
-    Service, ask, check_stream, connect, loopback, send_stream, until,
+    Backend, Balancer, BalancerConfig, Docker, IMAGE, Manners, PATIENCE, PgBench, Postgres, Process, Proxy,
+    Psql, Sandbox, Service, ask, check_stream, connect, loopback, send_stream, until,
 };
 use tempfile::TempDir;
 
@@ -198,4 +198,27 @@ fn refused(engine: &str, says: &str, sandbox: Sandbox) {
     let begins = format!("the engine {engine} cannot run here: {says}");
     assert!(ended.stderr.contains(&begins), "{}", ended.stderr);
     assert!(ended.stderr.contains("or write engine = \"auto\""), "{}", ended.stderr);
+}
+
+/// The profile of `deploy/` in a real container: the best engine runs, and what a container must not do it still may not.
+#[test]
+fn in_a_container_with_our_profile_uring_serves() {
+    let profile = concat!("seccomp=", env!("CARGO_MANIFEST_DIR"), "/../deploy/seccomp-io_uring.json");
+    let docker = Docker::start(env!("CARGO_BIN_EXE_greeter"), &[]);
+    // The image has no C library of the right version: the binary runs in the host's files.
+    let host = ["--volume", "/:/host:ro", "--entrypoint", "/bin/busybox", IMAGE, "chroot", "/host"];
+    let binary = e2e::binary();
+    let binary = binary.canonicalize().expect("it is built");
+    let proxy = [binary.to_str().expect("a plain path"), "proxy", "--listen", "tcp://0.0.0.0:7000"];
+    let told = ["--to", "127.0.0.1:9", "--engine", "uring"];
+    let run = ["run", "--detach", "--name", "lb", "--security-opt", profile];
+    docker.run_with(&[&run[..], &host, &proxy, &told].concat());
+    until("the proxy in the container is ready", || {
+        let said = docker.run("logs lb");
+        assert!(!docker.containers("lb").is_empty(), "it ended: {said}");
+        said.contains("ready").then_some(())
+    });
+    let try_it = "busybox unshare -U busybox true && echo made || echo refused";
+    let made = docker.run_with(&["exec", "lb", "/bin/sh", "-c", &format!("PATH=/bin; {try_it}")]);
+    assert_eq!(made.trim(), "refused", "a new user namespace");
 }
