@@ -153,8 +153,12 @@ impl Docker {
         self.run_with(&words.split_ascii_whitespace().collect::<Vec<_>>())
     }
 
+    /// As [`Docker::run`], word by word.
+    ///
+    /// # Panics
+    /// As that.
     #[track_caller]
-    fn run_with(&self, arguments: &[&str]) -> String {
+    pub fn run_with(&self, arguments: &[&str]) -> String {
         let ended = self.ask(arguments);
         assert_eq!(ended.code, Some(0), "docker {arguments:?}: {}{}", ended.stdout, ended.stderr);
         ended.stdout

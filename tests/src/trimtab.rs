@@ -138,10 +138,19 @@ impl Balancer {
     /// When it does not.
     #[track_caller]
     pub fn start(config: BalancerConfig) -> Self {
+        Self::start_by(config, trimtab_command)
+    }
+
+    /// Starts it by a command of its own making, of which it gets the arguments.
+    ///
+    /// # Panics
+    /// When it does not get ready.
+    #[track_caller]
+    pub fn start_by(config: BalancerConfig, command: impl FnOnce(&[&str]) -> Command) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let file = folder.path().join("trimtab.toml");
         std::fs::write(&file, config.text()).expect("a file in our own folder");
-        let process = serve(&file);
+        let process = serve(&file, command);
         let mut balancer = Self { config, file, _folder: folder, process };
         balancer.wait_until_ready();
         balancer
@@ -154,7 +163,7 @@ impl Balancer {
     #[track_caller]
     pub fn start_again(&mut self) {
         assert!(!self.process.is_running(), "it still runs");
-        self.process = serve(&self.file);
+        self.process = serve(&self.file, trimtab_command);
     }
 
     /// Waits until it says that it is ready.
@@ -263,9 +272,9 @@ impl Balancer {
 }
 
 #[track_caller]
-fn serve(file: &Path) -> Process {
+fn serve(file: &Path, command: impl FnOnce(&[&str]) -> Command) -> Process {
     let file = file.to_str().expect("a plain path");
-    Process::start("balancer", &mut trimtab_command(&["serve", "-c", file]))
+    Process::start("balancer", &mut command(&["serve", "-c", file]))
 }
 
 /// A running `trimtab proxy`.

@@ -127,9 +127,10 @@ pub struct ListenerSnapshot {
 /// The engine that moves the bytes, and what it holds.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct EngineSnapshot {
-    /// `uring`.
+    /// `uring`, `tokio-uring` or `epoll`.
     pub engine: &'static str,
-    /// Why it was taken: `configured` or `probed`.
+    /// Why it was taken: `configured`, `probed` (it is the best, and works), or what a better one lacks: `uring_forbidden`,
+    /// `uring_missing`, `uring_too_old`, `uring_memory`, `uring_broken`, `uring_failed`.
     pub reason: &'static str,
     /// Worker threads.
     pub workers: usize,

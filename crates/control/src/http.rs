@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
+use allocation::telemetry::EngineSnapshot;
 use bytes::Bytes;
 use http::header::{ALLOW, CONTENT_TYPE};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
@@ -86,7 +87,12 @@ async fn metrics(shared: Arc<Shared>) -> Response<Full<Bytes>> {
 /// With `?verbose` also what else is looked after, none of which changes the status.
 fn readiness(phase: Phase, query: Option<&str>, shared: &Shared) -> Response<Full<Bytes>> {
     let status = if phase == Phase::Ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let more = if query == Some("verbose") { crate::dns::lines(&shared.dns.now()) } else { String::new() };
+    let more = if query == Some("verbose") {
+        let EngineSnapshot { engine, reason, workers, .. } = shared.dataplane.engine();
+        format!("engine {engine} ({reason}), {workers} workers\n") + &crate::dns::lines(&shared.dns.now())
+    } else {
+        String::new()
+    };
     text(status, format!("{}\n{more}", phase.name()))
 }
 

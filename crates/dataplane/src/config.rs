@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use allocation::{PoolName, Publisher};
 
+use crate::engine::Engine;
+
 /// All of it.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -19,8 +21,8 @@ pub struct Config {
     /// Addresses to connect to backends from, in turn; empty: as the kernel routes. Each brings some 28,000 ports for
     /// each backend.
     pub sources: Vec<IpAddr>,
-    /// Why the engine was taken, for `trimtab_engine_info`: `configured` or `probed`.
-    pub engine_reason: &'static str,
+    /// What moves the bytes; `None`: the best that works here.
+    pub engine: Option<Engine>,
     /// The part of selections that the decision log gets, 0 to 1; 0: there is none.
     pub decision_sample: f64,
 }
@@ -34,7 +36,7 @@ impl Config {
             limits: Limits::default(),
             timeouts: Timeouts::default(),
             sources: Vec::new(),
-            engine_reason: "probed",
+            engine: None,
             decision_sample: 0.0,
         }
     }

@@ -6,9 +6,12 @@
 //! The contract, beyond what [`uring::Ring`] documents for each operation:
 //!
 //! * every operation completes: with [`Completion::more`] any number of times, and once without it, also when cancelled;
-//! * nothing happens before [`Io::enter`] hands it over, and completions are seen only by [`Io::completions`];
+//! * nothing is sure to happen before [`Io::enter`] hands it over, and completions are seen only by [`Io::completions`];
 //! * cancelling what has completed is no error and completes nothing;
-//! * a descriptor that is closed with [`Io::close`] has nothing in flight but what was cancelled before, in that order.
+//! * what is cancelled may still take its time: a receive or a send that the kernel has completes with its next bytes, or
+//!   when its socket is closed, where an engine cannot take it back;
+//! * a descriptor that is closed with [`Io::close`] has nothing in flight but what was cancelled before, in that order;
+//! * a descriptor that had an operation is closed with [`Io::close`] and in no other way.
 
 use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};

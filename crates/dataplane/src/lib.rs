@@ -1,7 +1,7 @@
 //! The dataplane: moves the bytes of flows between clients and backends.
 //!
-//! One [`Worker`](worker) thread and ring for each core, each with its own `SO_REUSEPORT` listening sockets; nothing is
-//! shared on a byte's path. A worker's loop has four steps, one system call a turn:
+//! One [`Worker`](worker) thread and [`Engine`] for each core, each with its own `SO_REUSEPORT` listening sockets; nothing
+//! is shared on a byte's path. A worker's loop has four steps, one system call a turn (with the engine `uring`):
 //!
 //! ```text
 //! reap    take the completions of the last enter
@@ -28,6 +28,7 @@
 mod clock;
 mod config;
 mod decisions;
+mod engine;
 mod io;
 mod listen;
 mod pipes;
@@ -37,4 +38,5 @@ mod stats;
 mod worker;
 
 pub use config::{Config, Limits, ListenerConfig, Target, Timeouts};
+pub use engine::{Engine, ProbeError};
 pub use run::{Bound, Dataplane, StartError, WorkerFailed, bind};

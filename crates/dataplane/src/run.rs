@@ -14,10 +14,12 @@ use flow::Tuning;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{Resource, getrlimit};
 use rustix::thread::{CpuSet, sched_getaffinity};
-use uring::{ProbeError, Ring, SetupError};
+use uring::{Ring, SetupError};
 
 use crate::clock::Clock;
 use crate::config::{Config, Limits};
+use crate::engine::{Engine, Epoll, ProbeError, TokioUring, choose};
+use crate::io::Io;
 use crate::listen;
 use crate::pipes::PIPES_MAX;
 use crate::stats::{Stats, WorkerStats};
@@ -55,10 +57,15 @@ pub enum StartError {
         /// The kernel's answer.
         source: io::Error,
     },
-    /// io_uring does not work here.
-    #[error(transparent)]
-    Engine(#[from] ProbeError),
-    /// A worker could not make its ring.
+    /// The engine does not work here.
+    #[error("the engine {engine} cannot run here: {source}{}", instead(*.engine))]
+    Engine {
+        /// Which.
+        engine: Engine,
+        /// Why.
+        source: ProbeError,
+    },
+    /// A worker could not make its engine.
     #[error("worker {worker} could not start: {source}")]
     Ring {
         /// Which.
@@ -145,13 +152,11 @@ impl Shared {
     }
 }
 
-/// Checks that io_uring works and binds every listener. Nothing is accepted before [`Bound::start`]; on any error
+/// Chooses an engine that works and binds every listener. Nothing is accepted before [`Bound::start`]; on any error
 /// nothing stays bound, and all errors are returned.
 pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
     let mut errors = Vec::new();
-    if let Err(error) = uring::probe() {
-        errors.push(error.into());
-    }
+    let engine = choose(config.engine).map_err(|error| errors.push(error)).ok();
     let cores = allowed_cores();
     let workers = if config.workers == 0 { cores.len().max(1) } else { config.workers };
     let mut addresses = Vec::new();
@@ -174,15 +179,13 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
     if descriptors_reserved(workers) + 2 > descriptors {
         errors.push(StartError::Descriptors { limit: descriptors });
     }
-    if !errors.is_empty() {
-        return Err(errors);
-    }
+    let Some(engine) = engine.filter(|_| errors.is_empty()) else { return Err(errors) };
     let stats = Stats {
         listeners: addresses.iter().copied().zip(config.listeners.iter().map(|l| l.pool().clone())).collect(),
         workers: (0..workers)
             .map(|_| Arc::new(WorkerStats::new(config.listeners.len(), config.decision_sample)))
             .collect(),
-        engine_reason: config.engine_reason,
+        engine,
         buffer_bytes: AtomicU64::new(0),
     };
     // Pinning fewer workers than cores would only forbid the scheduler to keep them apart from other work.
@@ -220,31 +223,17 @@ impl Bound {
             addresses: self.addresses.clone(),
             stats: Arc::clone(&self.stats),
         };
-        let clock = self.clock;
+        let (clock, engine) = (self.clock, self.stats.engine.engine);
         for worker in 0..self.workers {
             let setup = self.worker_setup(worker, clock, &shared);
             let ready = ready.clone();
             let shared = Arc::clone(&shared);
-            let thread = std::thread::Builder::new().name(format!("worker-{worker}")).spawn(move || {
-                let result = Worker::<Ring>::start(setup);
-                let error = result.as_ref().err().map(ToString::to_string);
-                let (worker, outcome) = match result {
-                    Ok(worker) => (Some(worker), Ok(())),
-                    Err(error) => (None, Err(error)),
-                };
-                // The starter is waiting; if it has given up, the orders say so.
-                let _ = ready.send(outcome);
-                drop(ready);
-                let end = match worker {
-                    Some(worker) => worker.run().map_err(|error| error.to_string()),
-                    None => Err(error.unwrap_or_default()),
-                };
-                if end.is_err() {
-                    // One worker's listening sockets are gone: the others must not go on as if nothing happened.
-                    shared.order(|orders| orders.stop = true);
-                }
-                end
-            });
+            let thread =
+                std::thread::Builder::new().name(format!("worker-{worker}")).spawn(move || match engine {
+                    Engine::Uring => work::<Ring>(setup, ready, &shared),
+                    Engine::TokioUring => work::<TokioUring>(setup, ready, &shared),
+                    Engine::Epoll => work::<Epoll>(setup, ready, &shared),
+                });
             match thread {
                 Ok(thread) => dataplane.threads.push(thread),
                 Err(error) => return Err(dataplane.give_up(error.into())),
@@ -344,6 +333,40 @@ impl Dataplane {
         // Each ends with the same error, or as told: this one is the one to report.
         let _ = self.join();
         error
+    }
+}
+
+/// A worker's thread: starts it, says how that went, and works until it is told to end.
+fn work<I: Io>(
+    setup: WorkerSetup,
+    ready: mpsc::Sender<Result<(), SetupError>>,
+    shared: &Shared,
+) -> Result<(), String> {
+    let result = Worker::<I>::start(setup);
+    let error = result.as_ref().err().map(ToString::to_string);
+    let (worker, outcome) = match result {
+        Ok(worker) => (Some(worker), Ok(())),
+        Err(error) => (None, Err(error)),
+    };
+    // The starter is waiting; if it has given up, the orders say so.
+    let _ = ready.send(outcome);
+    drop(ready);
+    let end = match worker {
+        Some(worker) => worker.run().map_err(|error| error.to_string()),
+        None => Err(error.unwrap_or_default()),
+    };
+    if end.is_err() {
+        // One worker's listening sockets are gone: the others must not go on as if nothing happened.
+        shared.order(|orders| orders.stop = true);
+    }
+    end
+}
+
+/// What to do where an engine that was named does not work.
+const fn instead(engine: Engine) -> &'static str {
+    match engine {
+        Engine::Uring | Engine::TokioUring => "; or write engine = \"auto\", which takes the best that works",
+        Engine::Epoll => "",
     }
 }
 

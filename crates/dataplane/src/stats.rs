@@ -11,6 +11,7 @@ use allocation::{Decision, PoolName};
 use flow::CloseReason;
 
 use crate::decisions::Decisions;
+use crate::engine::Chosen;
 
 /// Why a flow was refused at a bound. A closed set: each is a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,7 +120,7 @@ impl WorkerStats {
 pub(crate) struct Stats {
     pub(crate) listeners: Vec<(SocketAddr, PoolName)>,
     pub(crate) workers: Vec<Arc<WorkerStats>>,
-    pub(crate) engine_reason: &'static str,
+    pub(crate) engine: Chosen,
     /// Bytes of one receive buffer, once the workers run.
     pub(crate) buffer_bytes: AtomicU64,
 }
@@ -166,8 +167,8 @@ impl DataplaneView for Stats {
 
     fn engine(&self) -> EngineSnapshot {
         EngineSnapshot {
-            engine: "uring",
-            reason: self.engine_reason,
+            engine: self.engine.engine.name(),
+            reason: self.engine.reason.label(),
             workers: self.workers.len(),
             buffers: self.sum(|w| w.buffers.read()),
             buffers_in_use: self.sum(|w| w.buffers_in_use.read()),

@@ -123,7 +123,7 @@ pub struct ProxyArgs {
     /// Worker threads; 0: one per core.
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=1024))]
     pub workers: u16,
-    /// What moves the bytes: auto, uring.
+    /// What moves the bytes: auto (the best that works here), uring, tokio-uring, epoll.
     #[arg(long, default_value = "auto")]
     pub engine: Engine,
     /// Most connections open at once; 0: as many as the descriptor limit allows.

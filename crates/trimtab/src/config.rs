@@ -135,26 +135,35 @@ impl Default for DataplaneConfig {
 /// What moves the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Engine {
-    /// The best that works here. This version has one.
+    /// The best that works here.
     #[default]
     Auto,
-    /// io_uring, or refuse to start.
-    Uring,
+    /// This one, or refuse to start.
+    Named(dataplane::Engine),
+}
+
+impl Engine {
+    /// The one that was named.
+    pub const fn named(self) -> Option<dataplane::Engine> {
+        match self {
+            Self::Auto => None,
+            Self::Named(engine) => Some(engine),
+        }
+    }
 }
 
 impl FromStr for Engine {
     type Err = Problem;
 
     fn from_str(text: &str) -> Result<Self, Problem> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "uring" => Ok(Self::Uring),
-            "epoll" | "tokio-uring" => Err(Problem::new(
-                format!("the engine {text:?} is not supported by this version"),
-                "write \"auto\" or \"uring\"; the others come in a later release",
-            )),
-            _ => Err(Problem::new(format!("there is no engine {text:?}"), "write \"auto\" or \"uring\"")),
+        if text == "auto" {
+            return Ok(Self::Auto);
         }
+        let named = dataplane::Engine::ALL.into_iter().find(|engine| engine.name() == text);
+        named.map(Self::Named).ok_or_else(|| {
+            let names = dataplane::Engine::ALL.map(|engine| format!("\"{engine}\"")).join(", ");
+            Problem::new(format!("there is no engine {text:?}"), format!("write \"auto\" or one of {names}"))
+        })
     }
 }
 

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use allocation::{AllocationTable, Backend, LiveFacts, Members, Policy, PoolName, Publisher, ResourceId};
 
 use crate::cli::ProxyArgs;
-use crate::config::Engine;
 use crate::failure::Failure;
 use crate::life;
 use crate::problem::Problem;
@@ -60,7 +59,7 @@ fn configuration(args: &ProxyArgs) -> Result<dataplane::Config, Failure> {
     config.limits.flows_max = args.flows_max;
     config.timeouts.connect = args.connect_timeout;
     config.timeouts.idle = args.idle_timeout.0;
-    config.engine_reason = engine_reason(args.engine);
+    config.engine = args.engine.named();
     Ok(config)
 }
 
@@ -75,12 +74,4 @@ fn table(args: &ProxyArgs) -> Result<AllocationTable, Failure> {
     let members = Members::new(backends.map_err(|error| Failure::Fault(error.into()))?);
     let weights = vec![1.0; args.to.len()];
     Ok(AllocationTable::new(1, args.policy, Arc::new(members), weights))
-}
-
-/// Why the engine was taken, for `trimtab_engine_info`.
-pub fn engine_reason(engine: Engine) -> &'static str {
-    match engine {
-        Engine::Auto => "probed",
-        Engine::Uring => "configured",
-    }
 }

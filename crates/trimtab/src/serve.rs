@@ -20,7 +20,6 @@ use store::Store;
 use crate::cli::ServeArgs;
 use crate::config::{Config, EndpointConfig, ListenerConfig};
 use crate::failure::Failure;
-use crate::proxy::engine_reason;
 use crate::units::ListenAddress;
 use crate::upstream::Upstreams;
 use crate::{check, host_name, life, publishing};
@@ -146,9 +145,10 @@ fn refused(key: &'static str, endpoint: EndpointConfig) -> Option<String> {
 }
 
 fn listener_reason(error: &dataplane::StartError) -> String {
-    use dataplane::StartError::{AddressInUse, Bind};
+    use dataplane::StartError::{AddressInUse, Bind, Engine};
     match error {
         AddressInUse { .. } | Bind { .. } => format!("listener.bind: {error}"),
+        Engine { .. } => format!("dataplane.engine: {error}"),
         _ => error.to_string(),
     }
 }
@@ -169,7 +169,7 @@ fn dataplane_config(config: &Config, pools: &Pools) -> dataplane::Config {
     made.timeouts.idle = told.idle_timeout;
     made.timeouts.keepalive = told.keepalive;
     made.sources = told.source_addresses.clone();
-    made.engine_reason = engine_reason(told.engine);
+    made.engine = told.engine.named();
     made.decision_sample = config.decisions.sample;
     made
 }

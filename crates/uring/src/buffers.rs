@@ -1,8 +1,10 @@
-//! Receive buffers that the kernel picks from when bytes arrive (`io_uring_register_buf_ring(3)`).
+//! Receive buffers that are picked when bytes arrive: by the kernel from rings that it is shown
+//! (`io_uring_register_buf_ring(3)`), by the kernel from what it was given one by one (`io_uring_prep_provide_buffers(3)`,
+//! see [`crate::oneshot`]), or by an engine that receives with plain system calls.
 //!
-//! Owns: the buffers' memory, the rings of those that are offered to the kernel, and for each buffer who has it. Memory is
-//! reserved for the most there can ever be and used as far as buffers are really needed: groups start small and
-//! [`BufferPool::grow`] when receives find none.
+//! Owns: the buffers' memory, who has each of them, and the rings or lists of those that are free. Memory is reserved for the
+//! most there can ever be and used as far as buffers are really needed: groups start small and [`BufferPool::grow`] when
+//! receives find none.
 //!
 //! There are two groups. A multishot receive takes as many buffers as bytes have come, whatever the caller would like:
 //! it draws from [`Group::Shared`], which is bounded as a whole. [`Group::First`] is for single receives, of which the caller
@@ -10,6 +12,7 @@
 
 use std::io;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use io_uring::types::BufRingEntry;
@@ -42,54 +45,90 @@ const STAGGER: usize = 64;
 /// The buffers of one ring, of both groups. Numbers are of the whole pool: those of [`Group::Shared`] come first.
 #[derive(Debug)]
 pub struct BufferPool {
-    memory: Mapping,
+    memory: Memory,
     buffer_bytes: u32,
     groups: [Offers; 2],
 }
 
-/// One group's buffers and the ring of those that the kernel may take.
+/// The memory of a pool's buffers. Whoever has one keeps it mapped: an operation that is in flight does.
+#[derive(Debug, Clone)]
+pub struct Memory(Arc<Mapping>);
+
+/// One group's buffers and those of them that are free.
 #[derive(Debug)]
 struct Offers {
-    ring: Mapping,
+    place: Place,
     /// The number of its first buffer.
     first: u16,
-    mask: u16,
-    tail: u16,
-    /// For each buffer that exists: whether the kernel has it.
-    with_kernel: Vec<bool>,
-    offered: u32,
+    /// Most buffers there can be.
+    max: u32,
+    /// For each buffer that exists: whether it waits for bytes. Then it is the kernel's, and nobody here may read it.
+    offered: Vec<bool>,
+    free: u32,
+}
+
+/// Where free buffers wait.
+#[derive(Debug)]
+enum Place {
+    /// In a ring that the kernel takes them from.
+    Ring { ring: Mapping, mask: u16, tail: u16 },
+    /// In a list, the last given back on top: its memory is still in the core's cache.
+    List(Vec<u16>),
 }
 
 impl BufferPool {
     /// Reserves up to `shared` and `first` buffers (rounded up to powers of two, at most 32,768 each, and together fewer
     /// than 65,536) of `buffer_bytes` each. None exists yet.
     pub(crate) fn new(shared: u32, first: u32, buffer_bytes: u32) -> io::Result<Self> {
+        Self::with(shared, first, buffer_bytes, Place::ring)
+    }
+
+    /// As [`crate::Setup`] asks, with the shared ones that exist at the start, for engines that no kernel ring is shown to.
+    ///
+    /// # Errors
+    /// The kernel reserves no memory.
+    pub fn listed(setup: &crate::Setup) -> io::Result<Self> {
+        let place = |_| Ok(Place::List(Vec::new()));
+        let mut pool = Self::with(setup.shared_max, setup.first_max, setup.buffer_bytes, place)?;
+        pool.grow(Group::Shared, setup.shared);
+        Ok(pool)
+    }
+
+    fn with(
+        shared: u32,
+        first: u32,
+        buffer_bytes: u32,
+        place: impl Fn(u32) -> io::Result<Place>,
+    ) -> io::Result<Self> {
         // Both at their most would need one number more than there are.
         let shared = shared.clamp(8, BUFFERS_MAX / 2).next_power_of_two();
         let first = first.clamp(8, BUFFERS_MAX).next_power_of_two();
         let memory = Mapping::new((shared + first) as usize * stride(buffer_bytes))?;
-        let groups = [Offers::new(0, shared)?, Offers::new(shared as u16, first)?];
-        Ok(Self { memory, buffer_bytes, groups })
+        let offers = |number, max| -> io::Result<Offers> {
+            Ok(Offers { place: place(max)?, first: number, max, offered: Vec::new(), free: 0 })
+        };
+        let groups = [offers(0, shared)?, offers(shared as u16, first)?];
+        Ok(Self { memory: Memory(Arc::new(memory)), buffer_bytes, groups })
     }
 
     /// How many buffers of the group there can be.
     pub fn buffers_max(&self, group: Group) -> u32 {
-        u32::from(self.groups[group as usize].mask) + 1
+        self.groups[group as usize].max
     }
 
     /// How many there are.
     pub fn buffers(&self, group: Group) -> u32 {
-        self.groups[group as usize].with_kernel.len() as u32
+        self.groups[group as usize].offered.len() as u32
     }
 
     /// How many of them hold bytes on their way.
     pub fn held(&self, group: Group) -> u32 {
-        self.buffers(group) - self.groups[group as usize].offered
+        self.buffers(group) - self.free(group)
     }
 
     /// How many wait for bytes.
     pub fn free(&self, group: Group) -> u32 {
-        self.groups[group as usize].offered
+        self.groups[group as usize].free
     }
 
     /// Bytes of one buffer.
@@ -102,24 +141,24 @@ impl BufferPool {
         let more = more.min(self.buffers_max(group) - self.buffers(group));
         for _ in 0..more {
             let offers = &mut self.groups[group as usize];
-            let buffer = offers.first + offers.with_kernel.len() as u16;
-            offers.with_kernel.push(true);
+            let buffer = offers.first + offers.offered.len() as u16;
+            offers.offered.push(true);
             self.offer(group, buffer);
         }
         self.groups[group as usize].publish();
         more
     }
 
-    /// Gives a buffer back to the kernel.
+    /// Gives a buffer back, for the next bytes.
     ///
     /// # Panics
     /// If it is not held: giving it twice would let the kernel write over bytes that are still to be sent.
     pub fn release(&mut self, buffer: u16) {
         let group = self.group_of(buffer);
         let offers = &mut self.groups[group as usize];
-        let with_kernel = &mut offers.with_kernel[usize::from(buffer - offers.first)];
-        assert!(!*with_kernel, "buffer {buffer} is not held");
-        *with_kernel = true;
+        let offered = &mut offers.offered[usize::from(buffer - offers.first)];
+        assert!(!*offered, "buffer {buffer} is not held");
+        *offered = true;
         self.offer(group, buffer);
         self.groups[group as usize].publish();
     }
@@ -136,22 +175,80 @@ impl BufferPool {
         unsafe { std::slice::from_raw_parts(address, length as usize) }
     }
 
+    /// All of a held buffer, to receive into.
+    ///
+    /// # Panics
+    /// If it is not held, or its pool is not [`BufferPool::listed`]: a kernel that was shown a ring might be sending it.
+    pub fn bytes_mut(&mut self, buffer: u16) -> &mut [u8] {
+        let listed = matches!(self.groups[self.group_of(buffer) as usize].place, Place::List(_));
+        assert!(listed, "buffer {buffer} is the kernel's to write");
+        let address = self.held_bytes(buffer, 0, self.buffer_bytes).cast_mut();
+        // SAFETY: the range is inside a held buffer's memory, which is mapped as long as the pool and initialized (see
+        // `bytes`). It is borrowed once: from here through `&mut self`, and in no kernel's hands, for a buffer of a list is
+        // the kernel's only when `next_provided` gave it away (then it is not held) or when `oneshot::send` was told of
+        // it, whose caller keeps it held and does not receive into it until the completion.
+        unsafe { std::slice::from_raw_parts_mut(address, self.buffer_bytes as usize) }
+    }
+
+    /// Takes a free buffer of a list; it is held from then on.
+    pub fn take_free(&mut self, group: Group) -> Option<u16> {
+        let offers = &mut self.groups[group as usize];
+        let Place::List(list) = &mut offers.place else { return None };
+        let buffer = list.pop()?;
+        offers.offered[usize::from(buffer - offers.first)] = false;
+        offers.free -= 1;
+        Some(buffer)
+    }
+
+    /// Takes a row of free buffers from a list to give them to a kernel, and says where they are. They count as free until
+    /// [`BufferPool::take`].
+    pub(crate) fn next_provided(&mut self, group: Group) -> Option<Provided> {
+        let offers = &mut self.groups[group as usize];
+        let Place::List(list) = &mut offers.place else { return None };
+        let last = list.pop()?;
+        let mut count = 1;
+        while list.last().is_some_and(|next| *next + count == last) {
+            list.pop();
+            count += 1;
+        }
+        let first = last - (count - 1);
+        Some(Provided {
+            first,
+            count,
+            address: self.address(first),
+            stride: stride(self.buffer_bytes) as i32,
+        })
+    }
+
+    /// A kernel did not take the buffers that [`BufferPool::next_provided`] gave it: they are in their list again.
+    pub fn provide_failed(&mut self, first: u16, count: u16) {
+        let group = self.group_of(first);
+        if let Place::List(list) = &mut self.groups[group as usize].place {
+            list.extend(first..first + count);
+        }
+    }
+
+    /// The memory of all buffers.
+    pub(crate) fn memory(&self) -> Memory {
+        self.memory.clone()
+    }
+
     /// Where the bytes of a held buffer are.
     pub(crate) fn held_bytes(&self, buffer: u16, start: u32, length: u32) -> *const u8 {
         let offers = &self.groups[self.group_of(buffer) as usize];
-        assert!(!offers.with_kernel[usize::from(buffer - offers.first)], "buffer {buffer} is not held");
+        assert!(!offers.offered[usize::from(buffer - offers.first)], "buffer {buffer} is not held");
         let end = start.checked_add(length).expect("a range of a buffer");
         assert!(end <= self.buffer_bytes, "bytes {start}..{end} are not in a buffer");
         self.address(buffer).wrapping_add(start as usize)
     }
 
     /// The kernel handed this buffer over with a completion. False if it cannot have: such a completion is not ours.
-    pub(crate) fn take(&mut self, buffer: u16) -> bool {
+    pub fn take(&mut self, buffer: u16) -> bool {
         let offers = &mut self.groups[self.group_of(buffer) as usize];
-        match offers.with_kernel.get_mut(usize::from(buffer - offers.first)) {
-            Some(with_kernel) if *with_kernel => {
-                *with_kernel = false;
-                offers.offered -= 1;
+        match offers.offered.get_mut(usize::from(buffer - offers.first)) {
+            Some(offered) if *offered => {
+                *offered = false;
+                offers.free -= 1;
                 true
             }
             _ => false,
@@ -159,10 +256,10 @@ impl BufferPool {
     }
 
     /// For `io_uring_register_buf_ring`: each group's ring address, number of entries and id.
-    pub(crate) fn registrations(&self) -> [(u64, u16, u16); 2] {
-        Group::ALL.map(|group| {
-            let offers = &self.groups[group as usize];
-            (offers.ring.address.as_ptr() as u64, offers.mask + 1, group.id())
+    pub(crate) fn registrations(&self) -> impl Iterator<Item = (u64, u16, u16)> {
+        Group::ALL.into_iter().filter_map(|group| match &self.groups[group as usize].place {
+            Place::Ring { ring, mask, .. } => Some((ring.address.as_ptr() as u64, mask + 1, group.id())),
+            Place::List(_) => None,
         })
     }
 
@@ -171,7 +268,7 @@ impl BufferPool {
     }
 
     fn address(&self, buffer: u16) -> *mut u8 {
-        self.memory.address.as_ptr().wrapping_add(usize::from(buffer) * stride(self.buffer_bytes))
+        self.memory.0.address.as_ptr().wrapping_add(usize::from(buffer) * stride(self.buffer_bytes))
     }
 
     fn offer(&mut self, group: Group, buffer: u16) {
@@ -180,18 +277,38 @@ impl BufferPool {
     }
 }
 
+/// A row of buffers with neighbouring numbers.
+pub(crate) struct Provided {
+    pub(crate) first: u16,
+    pub(crate) count: u16,
+    pub(crate) address: *mut u8,
+    /// From one buffer to the next.
+    pub(crate) stride: i32,
+}
+
 impl Offers {
-    fn new(first: u16, entries: u32) -> io::Result<Self> {
-        let ring = Mapping::new(entries as usize * size_of::<BufRingEntry>())?;
-        Ok(Self { ring, first, mask: (entries - 1) as u16, tail: 0, with_kernel: Vec::new(), offered: 0 })
+    fn offer(&mut self, buffer: u16, address: u64, length: u32) {
+        self.place.offer(buffer, address, length);
+        self.free += 1;
     }
 
-    fn entry(&self, index: u16) -> *mut BufRingEntry {
-        self.ring.address.as_ptr().cast::<BufRingEntry>().wrapping_add(usize::from(index & self.mask))
+    fn publish(&self) {
+        self.place.publish();
+    }
+}
+
+impl Place {
+    fn ring(entries: u32) -> io::Result<Self> {
+        let ring = Mapping::new(entries as usize * size_of::<BufRingEntry>())?;
+        Ok(Self::Ring { ring, mask: (entries - 1) as u16, tail: 0 })
     }
 
     fn offer(&mut self, buffer: u16, address: u64, length: u32) {
-        let entry = self.entry(self.tail);
+        let (ring, mask, tail) = match self {
+            Self::List(list) => return list.push(buffer),
+            Self::Ring { ring, mask, tail } => (ring, *mask, tail),
+        };
+        let entry = entry(ring, *tail & mask);
         // SAFETY: `entry` is inside the ring's mapping (the index is masked) and aligned (mmap aligns to pages, entries
         // are 16 bytes). The kernel reads entries only below the published tail, and this one is not: at most as many
         // buffers exist as the ring has entries and this one was not offered, so the ring is never full here.
@@ -199,20 +316,25 @@ impl Offers {
         entry.set_addr(address);
         entry.set_len(length);
         entry.set_bid(buffer);
-        self.tail = self.tail.wrapping_add(1);
-        self.offered += 1;
+        *tail = tail.wrapping_add(1);
     }
 
     /// Lets the kernel see what was offered.
     fn publish(&self) {
-        // SAFETY: `entry(0)` is the base of the ring, which is what `tail` asks for; the mapping outlives the call.
-        let tail = unsafe { BufRingEntry::tail(self.entry(0)) };
+        let Self::Ring { ring, tail: ours, .. } = self else { return };
+        // SAFETY: `entry(ring, 0)` is the base of the ring, which is what `tail` asks for; the mapping outlives the call.
+        let tail = unsafe { BufRingEntry::tail(entry(ring, 0)) };
         // SAFETY: the tail is a field inside the ring's mapping, aligned, shared with the kernel, which only reads it:
         // an atomic is how both may use it at once.
         let tail = unsafe { AtomicU16::from_ptr(tail.cast_mut()) };
         // Release: the entries above must be visible before the tail that covers them.
-        tail.store(self.tail, Ordering::Release);
+        tail.store(*ours, Ordering::Release);
     }
+}
+
+/// An entry of a buffer ring, by its masked index.
+fn entry(ring: &Mapping, index: u16) -> *mut BufRingEntry {
+    ring.address.as_ptr().cast::<BufRingEntry>().wrapping_add(usize::from(index))
 }
 
 const fn stride(buffer_bytes: u32) -> usize {
@@ -228,6 +350,9 @@ struct Mapping {
 
 // SAFETY: a mapping is plain memory with one owner; nothing about it is bound to a thread.
 unsafe impl Send for Mapping {}
+
+// SAFETY: a shared mapping lets nobody reach its memory but by `BufferPool`, which has one owner and is not shared.
+unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn new(length: usize) -> io::Result<Self> {
@@ -248,7 +373,7 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: the mapping was made by `new` with this length and is unmapped once. No reference into it is left: all
         // borrow the pool that owns it. The kernel does not use it any more: `Ring` drops its pool after its ring, and
-        // leaks it if operations were still in flight.
+        // leaks it if operations were still in flight; operations of `oneshot` have a `Memory` each until they end.
         let _ = unsafe { libc::munmap(self.address.as_ptr().cast(), self.length) };
     }
 }
@@ -272,6 +397,39 @@ mod tests {
         pool.release(127);
         pool.release(128);
         assert_eq!((pool.held(Group::Shared), pool.held(Group::First)), (0, 0));
+    }
+
+    #[test]
+    fn a_listed_pool_gives_the_warmest_buffer_and_rows_of_neighbours() {
+        let setup =
+            crate::Setup { submissions: 8, shared: 8, shared_max: 8, first_max: 8, buffer_bytes: 4_096 };
+        let mut pool = BufferPool::listed(&setup).unwrap();
+        assert_eq!(pool.registrations().count(), 0);
+        let buffer = pool.take_free(Group::Shared).unwrap();
+        pool.bytes_mut(buffer)[..4].copy_from_slice(b"trim");
+        assert_eq!(pool.bytes(buffer, 0, 4), b"trim");
+        assert_eq!((pool.free(Group::Shared), pool.held(Group::Shared)), (7, 1));
+        pool.release(buffer);
+        assert_eq!(pool.take_free(Group::Shared), Some(buffer));
+        let row = pool.next_provided(Group::Shared).unwrap();
+        assert_eq!((row.first, row.count), (0, 7), "all but the held one");
+        assert!(pool.next_provided(Group::Shared).is_none());
+        assert_eq!(pool.free(Group::Shared), 7, "they still wait for bytes");
+        assert!(pool.take(3) && !pool.take(3));
+        pool.release(3);
+        assert_eq!(pool.next_provided(Group::Shared).unwrap().count, 1);
+        pool.provide_failed(0, 3);
+        assert_eq!(pool.take_free(Group::Shared), Some(2));
+        assert_eq!(pool.take_free(Group::First), None);
+    }
+
+    #[test]
+    #[should_panic(expected = "is the kernel's to write")]
+    fn a_ring_s_buffer_is_not_ours_to_write() {
+        let mut pool = BufferPool::new(8, 8, 4_096).unwrap();
+        pool.grow(Group::Shared, 8);
+        assert!(pool.take(0));
+        pool.bytes_mut(0);
     }
 
     #[test]

@@ -19,13 +19,14 @@
 #![allow(unsafe_code, reason = "this crate is where it lives; every block says why it is sound")]
 
 mod buffers;
-mod probe;
+mod lent;
+pub mod oneshot;
 mod ring;
 mod socket;
 mod token;
 
-pub use buffers::{BufferPool, Group};
-pub use probe::{ProbeError, probe};
+pub use buffers::{BufferPool, Group, Memory};
+pub use lent::Lent;
 pub use ring::{Completion, EnterError, Ring, Setup, SetupError, Wait};
 pub use socket::bind_address_no_port;
 pub use token::{Op, Token};

@@ -50,10 +50,12 @@ pub enum SetupError {
     )]
     Forbidden,
     /// `ENOSYS`.
-    #[error("this kernel has no io_uring, or a sandbox hides it; Linux 6.1 or newer is needed")]
+    #[error("this kernel has no io_uring, or a sandbox hides it (gVisor and some container engines do)")]
     Missing,
     /// `EINVAL`.
-    #[error("this kernel's io_uring is too old; Linux 6.1 or newer is needed ({step}: {source})")]
+    #[error(
+        "this kernel's io_uring is too old ({step}: {source}); the engine uring needs Linux 6.1 or newer, tokio-uring 5.11"
+    )]
     TooOld {
         /// What was refused.
         step: &'static str,
@@ -72,7 +74,7 @@ pub enum SetupError {
         source: io::Error,
     },
     /// Anything else.
-    #[error("setting io_uring up failed at {step}: {source}")]
+    #[error("setting the engine up failed at {step}: {source}")]
     Other {
         /// What was refused.
         step: &'static str,
@@ -82,7 +84,8 @@ pub enum SetupError {
 }
 
 impl SetupError {
-    fn at(step: &'static str) -> impl FnOnce(io::Error) -> Self {
+    /// What the kernel's answer at a step of the setup amounts to.
+    pub fn at(step: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| match source.raw_os_error() {
             Some(libc::EPERM | libc::EACCES) => Self::Forbidden,
             Some(libc::ENOSYS) => Self::Missing,
@@ -93,9 +96,9 @@ impl SetupError {
     }
 }
 
-/// The kernel refused to take submissions: the ring is unusable.
+/// The kernel refused to take submissions, or to wait: the engine is unusable.
 #[derive(Debug, thiserror::Error)]
-#[error("io_uring_enter failed: {0}")]
+#[error("entering the kernel for completions failed: {0}")]
 pub struct EnterError(#[from] io::Error);
 
 /// How long [`Ring::enter`] may wait for a completion.

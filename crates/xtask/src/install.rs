@@ -30,6 +30,7 @@ const GROUPS: &[Group] = &[
         packages: &[
             "postgresql-15",
             "postgresql-client-15",
+            "redis-server",
             "prometheus",
             "iproute2",
             "curl",

@@ -53,7 +53,7 @@ const SHARED_MAX: u32 = 1_024;
 /// Where there is no buffer, so many more are made.
 const BUFFERS_MORE: u32 = 64;
 /// Submissions that are queued before they must be handed over within a batch.
-const SUBMISSIONS: u32 = 1_024;
+pub(crate) const SUBMISSIONS: u32 = 1_024;
 /// Bytes that a flow moves before they are added to its backend's count: that one is shared by all workers.
 const MOVED_AT_MOST: u32 = 1 << 20;
 /// How long accepting rests when the process is out of descriptors or the kernel out of memory.

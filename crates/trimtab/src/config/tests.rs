@@ -142,7 +142,7 @@ fn every_value_can_be_changed() {
         config.dataplane,
         DataplaneConfig {
             workers: 3,
-            engine: Engine::Uring,
+            engine: Engine::Named(dataplane::Engine::Uring),
             flows_max: 1000,
             buffers_max: 256,
             connect_retries: 0,
@@ -438,7 +438,7 @@ cert = "x"
 listen = 7480
 [dataplane]
 workers = -1
-engine = "epoll"
+engine = "kqueue"
 connect_timeout = "0s"
 idle_timeout = "5"
 connect_retries = 8
@@ -467,8 +467,8 @@ f:7:10: error: `http.listen`: this is an integer, not a text
   hint: write an IP address and a port: "127.0.0.1:5432" or "[::1]:5432"
 f:9:11: error: `dataplane.workers`: -1 is out of range
   hint: write a whole number from 0 to 1024, without quotes
-f:10:10: error: `dataplane.engine`: the engine "epoll" is not supported by this version
-  hint: write "auto" or "uring"; the others come in a later release
+f:10:10: error: `dataplane.engine`: there is no engine "kqueue"
+  hint: write "auto" or one of "uring", "tokio-uring", "epoll"
 f:11:19: error: `dataplane.connect_timeout`: "0s" leaves no time
   hint: write at least "1ms"
 f:12:16: error: `dataplane.idle_timeout`: "5" is not a duration

@@ -1,0 +1,85 @@
+//! What the two engines that wait for readiness have in common: system calls that do not wait.
+
+use std::hash::Hasher;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+use uring::{Completion, Lent, Token};
+
+/// Connections that one listener accepts a turn.
+const ACCEPTS_A_TURN: usize = 64;
+
+/// What became of an operation's turn.
+pub(super) enum Turn {
+    /// It has completed. `drained`: and took the last that there was to read.
+    Done { drained: bool },
+    /// It must wait for an edge.
+    Wait,
+    /// It could go on, after the others.
+    More,
+}
+
+/// Accepts what waits, up to a turn's worth.
+pub(super) fn accept(listener: &Lent, token: Token, done: &mut Vec<Completion>) -> Turn {
+    for _ in 0..ACCEPTS_A_TURN {
+        match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
+            Ok(socket) => {
+                let result = socket.as_raw_fd();
+                done.push(Completion { token, result, more: true, buffer: None, socket: Some(socket) });
+            }
+            Err(Errno::AGAIN) => return Turn::Wait,
+            // Of one connection, which is gone: the others are still there.
+            Err(Errno::INTR | Errno::CONNABORTED) => {}
+            Err(error) => {
+                let result = -error.raw_os_error();
+                done.push(Completion { token, result, more: false, buffer: None, socket: None });
+                return Turn::Done { drained: false };
+            }
+        }
+    }
+    Turn::More
+}
+
+/// Begins a connect. It is over when the socket can be written to, and `SO_ERROR` says how it ended.
+pub(super) fn begin_connect(socket: BorrowedFd<'_>, address: &SocketAddr) -> Result<(), Errno> {
+    rustix::io::ioctl_fionbio(socket, true)?;
+    match rustix::net::connect(socket, address) {
+        Ok(()) | Err(Errno::INPROGRESS) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Hashes descriptors and tokens, which no peer chooses: one multiplication for each number (Knuth, TAOCP 3, 6.4).
+#[derive(Debug, Default)]
+pub(super) struct Mix(u64);
+
+impl Mix {
+    fn add(&mut self, number: u64) {
+        // 2^64 over the golden ratio. The high bits are the good ones, and hash tables look at both ends.
+        self.0 = (self.0.rotate_left(5) ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+impl Hasher for Mix {
+    fn finish(&self) -> u64 {
+        self.0 ^ (self.0 >> 32)
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.add(u64::from(*byte)));
+    }
+
+    fn write_u32(&mut self, number: u32) {
+        self.add(u64::from(number));
+    }
+
+    fn write_i32(&mut self, number: i32) {
+        self.add(number as u64);
+    }
+
+    fn write_isize(&mut self, number: isize) {
+        self.add(number as u64);
+    }
+}
