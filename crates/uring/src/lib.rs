@@ -27,5 +27,5 @@ mod token;
 pub use buffers::{BufferPool, Group};
 pub use probe::{ProbeError, probe};
 pub use ring::{Completion, EnterError, Ring, Setup, SetupError, Wait};
-pub use socket::bind_address_no_port;
+pub use socket::{bind_address_no_port, defer_accept, fast_open, fast_open_connect};
 pub use token::{Op, Token};
