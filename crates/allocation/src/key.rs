@@ -33,6 +33,35 @@ impl FlowKey {
     }
 }
 
+/// Whom limits and affinity take for one client: an IPv4 address, or the /64 of an IPv6 address.
+///
+/// A host with IPv6 takes as many addresses of its /64 as it likes (RFC 8981, RFC 7934), so a limit for each of them would be
+/// none. Those behind one NAT are one client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Client(u64);
+
+impl Client {
+    /// The client at an address; an IPv4 address and the same mapped into IPv6 are one client.
+    pub fn at(address: IpAddr) -> Self {
+        // Both kinds in one number: IPv4 has the networks `0:1:a.b.c.d::/64`, which nobody can have (RFC 4291 reserves
+        // 0000::/8), and so has `::/64`, in which ::1 is.
+        match address.to_canonical() {
+            IpAddr::V4(v4) => Self(1 << 32 | u64::from(v4.to_bits())),
+            IpAddr::V6(v6) => Self(((v6.to_bits() >> 64) as u64).max(1)),
+        }
+    }
+
+    /// A number that no other client has; never 0.
+    pub const fn number(self) -> u64 {
+        self.0
+    }
+
+    /// Its number, spread evenly in a way that nobody who does not know `seed` can foresee.
+    pub fn spread(self, seed: u64) -> u64 {
+        mix(mix(self.0 ^ seed) ^ seed.rotate_left(32))
+    }
+}
+
 /// FNV-1a over the bytes and a finishing mix: the same number in every process, which the standard library's hashers do not
 /// promise. Short inputs only; not for secrets.
 pub(crate) fn stable_hash(bytes: &[u8], seed: u64) -> u64 {
@@ -61,6 +90,19 @@ mod tests {
         assert_eq!(of("192.0.2.1").bits(), FlowKey::of_client("192.0.2.1".parse().unwrap()).bits());
         let pair = |client: &str| FlowKey::of_pair(client.parse().unwrap(), "10.0.0.9:53".parse().unwrap());
         assert_ne!(pair("10.0.0.1:1000"), pair("10.0.0.1:1001"));
+    }
+
+    #[test]
+    fn a_client_is_an_address_or_a_network() {
+        let at = |text: &str| Client::at(text.parse().unwrap());
+        assert_eq!(at("10.0.0.1"), at("::ffff:10.0.0.1"));
+        assert_eq!(at("2001:db8:1:2::1"), at("2001:db8:1:2:ffff::7"));
+        let all = ["10.0.0.1", "10.0.0.2", "0.0.0.0", "0.0.0.1", "::1", "2001:db8:1:2::1", "2001:db8:1:3::1"];
+        let mut numbers: Vec<_> = all.map(|text| at(text).number()).to_vec();
+        numbers.sort_unstable();
+        numbers.dedup();
+        assert_eq!((numbers.len(), numbers[0] > 0), (all.len(), true));
+        assert_ne!(at("10.0.0.1").spread(1), at("10.0.0.1").spread(2));
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub use alias::AliasTable;
 pub use criteria::{Considered, Criteria, Rule, Score};
 pub use decision::{Decision, Look, Looks};
 pub use id::{IdError, PoolName, ResourceId};
-pub use key::FlowKey;
+pub use key::{Client, FlowKey};
 pub use live::{ConnectFailure, FlowTotals, LiveFacts, OpenFlow, Verdict};
 pub use maglev::Maglev;
 pub use policy::{Policy, UnknownPolicy};

@@ -5,6 +5,7 @@
 //!                           |
 //!                           +-- Chunks: which received buffer belongs to which half, in order
 //! TimerWheel: the flow's one deadline (connect, idle, flush)
+//! limits: who is let in at all, over all workers
 //! ```
 //!
 //! The shell (crate `dataplane`) turns completions into [`Input`]s and does what the [`Output`]s say. Everything that can
@@ -12,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod chunk;
+pub mod limits;
 mod tcp;
 mod wheel;
 
