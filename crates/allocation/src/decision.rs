@@ -63,6 +63,8 @@ pub struct Decision {
     pub side: u16,
     /// What came of it.
     pub chosen: Result<BackendIndex, NoBackend>,
+    /// It was chosen because the client had been given it before.
+    pub kept: bool,
     /// Backends that the flow had tried before.
     pub tried: u8,
     /// Those it looked at.

@@ -15,6 +15,7 @@
 //! * Nothing here reads a clock or a random source: [`Timestamp`] and seeds are arguments.
 #![forbid(unsafe_code)]
 
+mod affinity;
 mod alias;
 mod criteria;
 mod decision;
@@ -31,6 +32,7 @@ mod table;
 pub mod telemetry;
 mod time;
 
+pub use affinity::{Affinity, Kept, ResourceTag};
 pub use alias::AliasTable;
 pub use criteria::{Considered, Criteria, Rule, Score};
 pub use decision::{Decision, Look, Looks};

@@ -19,12 +19,13 @@
 
 use std::hint::select_unpredictable;
 
+use crate::affinity::{Affinity, Kept, ResourceTag};
 use crate::criteria::{CONSIDERED_MAX, Considered};
 use crate::decision::{Look, Looks};
 use crate::key::mix;
 use crate::live::Verdict;
 use crate::table::Candidate;
-use crate::{AllocationTable, BackendIndex, FlowKey, OpenFlow, Policy, SplitBy, Timestamp};
+use crate::{AllocationTable, BackendIndex, Client, FlowKey, OpenFlow, Policy, SplitBy, Timestamp};
 
 /// Up to this many eligible backends `adaptive` and `criteria` look at all of them; beyond, at [`SAMPLES`] or
 /// [`CRITERIA_SAMPLES`].
@@ -45,6 +46,9 @@ const CRITERIA_SAMPLES: usize = 16;
 const KEY_CHOICES: u32 = 16;
 /// Backends whose flows stand for all of a large pool's, to tell a bounded load.
 const LOAD_SAMPLES: usize = 8;
+/// Flows on a resource up to which affinity keeps its clients whatever the others have: so few are no load, and one client
+/// with several flows would be sent about for being alone.
+const KEPT_FLOWS_MIN: u32 = 16;
 /// Every so many flows, `most(…)` gives one to anybody: who has had nothing yet must be able to get something.
 const EXPLORE_EVERY: u32 = 20;
 /// A latency that was never measured, on a backend that has flows: worse than any that was.
@@ -190,6 +194,62 @@ impl Selector {
         let (index, side) = self.decide(table, key, tried, now, true)?;
         // Not by the backend itself: that is a cache miss more, in a large pool.
         Ok(Selection { index, open: table.candidate(index).live.open_flow(), side })
+    }
+
+    /// As [`Selector::select_for`], but a client that was given a resource before is given it again, while that can be used, has
+    /// room, and is within the bounded load (of [`crate::TableSpec::bounded_load`], whatever the policy). Otherwise the policy
+    /// selects, and the client is kept there from now on. A kept flow is on the side of a split that its resource is on.
+    ///
+    /// # Errors
+    /// See [`NoBackend`].
+    pub fn select_kept(
+        &mut self,
+        table: &AllocationTable,
+        affinity: &Affinity,
+        client: Client,
+        key: FlowKey,
+        tried: &Excluded,
+        now: Timestamp,
+    ) -> Result<(Selection, Kept), NoBackend> {
+        let known = affinity.resource_of(client, now);
+        if let Some(tag) = known
+            && let Some(index) = table.members().position(tag)
+            && let Some(side) = self.still_takes(table, index, tried, now)
+        {
+            affinity.keep(client, tag, now);
+            self.sampled.set(&[index]);
+            let open = table.candidate(index).live.open_flow();
+            return Ok((Selection { index, open, side }, Kept::Same));
+        }
+        let selection = self.select_for(table, key, tried, now)?;
+        affinity.keep(client, ResourceTag::of(&table.backend(selection.index).id), now);
+        Ok((selection, if known.is_some() { Kept::Moved } else { Kept::New }))
+    }
+
+    /// Whether a backend takes a flow more of a client that it has served, and on which side.
+    fn still_takes(
+        &mut self,
+        whole: &AllocationTable,
+        index: BackendIndex,
+        tried: &Excluded,
+        now: Timestamp,
+    ) -> Option<u16> {
+        let on = |table: &AllocationTable| table.weights()[index.0 as usize] > 0.0;
+        let side = match whole.split() {
+            Some(split) => split.sides.iter().position(|side| side.share > 0.0 && on(&side.table))?,
+            None if on(whole) => 0,
+            None => return None,
+        };
+        let table = whole.side(side);
+        let mut view = View::new(table, tried, now);
+        let (verdict, open) = view.usable(index)?;
+        if table.bounded_load() > 0.0 && open >= KEPT_FLOWS_MIN {
+            let most = (table.bounded_load() * view.weight(index) * self.mean_level(&view)).ceil();
+            if open as f32 + 1.0 > most {
+                return None;
+            }
+        }
+        (verdict != Verdict::Probe || table.candidate(index).live.claim_probe(now)).then_some(side as u16)
     }
 
     /// What [`Selector::select_for`] would select, and on which side: no flow is opened, and no right to try a failed backend
@@ -802,6 +862,74 @@ mod tests {
         };
         let members = Members::new((0..weights.len()).map(backend).collect());
         AllocationTable::new(1, policy, Arc::new(members), weights.to_vec())
+    }
+
+    #[test]
+    fn a_client_is_kept_where_it_was() {
+        let table = table(Policy::RoundRobin, &[1.0; 4]);
+        let affinity = Affinity::new(std::time::Duration::from_secs(60), 1);
+        let mut selector = Selector::new(1);
+        let mut select = |table: &AllocationTable, client: u8, tried: &[u32], now| {
+            let client = Client::at([10, 0, 0, client].into());
+            let mut excluded = Excluded::none();
+            tried.iter().for_each(|index| excluded.push(BackendIndex(*index)));
+            let key = FlowKey::from_bits(0);
+            let (selection, kept) = selector
+                .select_kept(table, &affinity, client, key, &excluded, Timestamp::from_millis(now))
+                .unwrap();
+            (table.backend(selection.index).id.to_string(), kept)
+        };
+        let first: Vec<_> = (0..8).map(|n| select(&table, n, &[], 0)).collect();
+        assert!(first.iter().all(|(_, kept)| *kept == Kept::New));
+        // Another table: one has left, so that indexes are others.
+        let members = Members::new(table.members().backends()[1..].to_vec());
+        let smaller = AllocationTable::new(2, Policy::RoundRobin, Arc::new(members), vec![1.0; 3]);
+        for (n, (id, _)) in (0..8).zip(&first) {
+            let (now, kept) = select(&smaller, n, &[], 10_000);
+            let stays = id != "b0";
+            assert_eq!((stays, kept), (now == *id, if stays { Kept::Same } else { Kept::Moved }), "{n}");
+        }
+        // Who was moved stays where it is now; a failed connect moves it again; after the time nobody knows it.
+        let moved = (0..8).find(|n| first[usize::from(*n)].0 == "b0").unwrap();
+        let (at, _) = select(&table, moved, &[], 20_000);
+        assert_eq!(select(&table, moved, &[], 70_000), (at.clone(), Kept::Same), "each flow renews it");
+        let index: u32 = at[1..].parse().unwrap();
+        let (elsewhere, kept) = select(&table, moved, &[index], 70_000);
+        assert_eq!((elsewhere != at, kept), (true, Kept::Moved));
+        assert_eq!(select(&table, moved, &[], 70_000), (elsewhere, Kept::Same));
+        assert_eq!(select(&table, moved, &[], 131_000).1, Kept::New);
+    }
+
+    #[test]
+    fn affinity_keeps_within_the_load_and_the_limit_of_a_resource() {
+        let spec = |bounded_load, flows_max| {
+            let full = with_limits(Policy::LeastConnections, &[1.0; 4], flows_max);
+            let members = Arc::clone(full.members());
+            let spec = crate::TableSpec::new(1, Policy::LeastConnections, members, vec![1.0; 4]);
+            AllocationTable::build(crate::TableSpec { bounded_load, ..spec })
+        };
+        for (bounded_load, flows_max, want) in [(0.0, 0, 100), (1.25, 0, KEPT_FLOWS_MIN), (1.25, 5, 5)] {
+            let (table, affinity) =
+                (spec(bounded_load, flows_max), Affinity::new(std::time::Duration::from_secs(60), 1));
+            let mut selector = Selector::new(1);
+            let client = Client::at([10, 0, 0, 1].into());
+            let mut held = Vec::new();
+            let mut select = || {
+                let key = FlowKey::from_bits(0);
+                selector.select_kept(&table, &affinity, client, key, &Excluded::none(), NOW).unwrap()
+            };
+            let mut kept = 0;
+            for n in 0..100 {
+                let (selection, how) = select();
+                assert_eq!(how == Kept::New, n == 0);
+                held.push(selection);
+                if how == Kept::Moved {
+                    break;
+                }
+                kept += 1;
+            }
+            assert_eq!(kept, want, "bounded_load {bounded_load}, flows_max {flows_max}");
+        }
     }
 
     #[test]

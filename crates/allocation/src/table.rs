@@ -2,8 +2,9 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use crate::affinity::ResourceTag;
 use crate::key::stable_hash;
 use crate::probes::SharedProbePool;
 use crate::{AliasTable, Criteria, LiveFacts, Maglev, Policy, ResourceId, Stride};
@@ -35,6 +36,8 @@ pub struct Members {
     epoch: u64,
     backends: Box<[Backend]>,
     candidates: Box<[Candidate]>,
+    /// By tag, made when one is first looked for.
+    tags: OnceLock<Box<[(ResourceTag, BackendIndex)]>>,
 }
 
 /// What a selection looks at of a backend, in a quarter of its size: in a large pool each look is a cache miss.
@@ -51,7 +54,7 @@ impl Members {
             .iter()
             .map(|b| Candidate { live: Arc::clone(&b.live), flows_max: b.flows_max })
             .collect();
-        Self { epoch: 0, backends: backends.into(), candidates }
+        Self { epoch: 0, backends: backends.into(), candidates, tags: OnceLock::new() }
     }
 
     /// Numbers them, so that who keeps a [`BackendIndex`] can tell whether it still means the same.
@@ -67,6 +70,20 @@ impl Members {
     /// A hash of every id, the same in every process, for consistent hashing.
     pub fn hashes(&self) -> Vec<u64> {
         self.backends.iter().map(|backend| stable_hash(backend.id.as_str().as_bytes(), 0)).collect()
+    }
+
+    /// Where a resource is that may have been in another table. The first look sorts all of them, once for these members.
+    pub fn position(&self, tag: ResourceTag) -> Option<BackendIndex> {
+        let tags = self.tags.get_or_init(|| {
+            let mut tags: Vec<_> = (0..)
+                .zip(&self.backends)
+                .map(|(n, backend)| (ResourceTag::of(&backend.id), BackendIndex(n)))
+                .collect();
+            tags.sort_unstable();
+            tags.into()
+        });
+        let first = tags.partition_point(|(known, _)| *known < tag);
+        tags.get(first).filter(|(known, _)| *known == tag).map(|(_, index)| *index)
     }
 
     /// All of them.

@@ -2,14 +2,20 @@
 //!
 //! ```text
 //!            NoBackend, last ConnectFailed, client Reset, Abort
-//!          +----------------------------------------------------------------+
-//!          |                                                                v
-//!  Connecting --Connected--> Open --both halves passed their FIN--------> Closed
-//!     ^  |                    |                                             ^
-//!     +--+                    +--Reset / SendFailed / idle / Abort--> Dying-+
-//!  ConnectFailed,                (one side is gone: what it sent before is still flushed to the other,
-//!  retries left                   for FLUSH at most, then the other is reset)
+//!          +-----------------------------------------------------------------+
+//!          |                                                                 v
+//!  Connecting --Connected--> Open --both halves passed their FIN---------> Closed
+//!   |   ^  ^ |                |                                             ^  ^
+//!   |   |  +-+                +--Reset / SendFailed / idle / Abort--> Dying-+  |
+//!   |   |  ConnectFailed,        (one side is gone: what it sent before is     |
+//!   |   |  retries left           still flushed to the other, for FLUSH at     |
+//!   |   |                         most, then the other is reset)               |
+//!   |   +----Room----+                                                         |
+//!   +--Queued--> Waiting --too long, client gone, Abort------------------------+
 //! ```
+//!
+//! A flow that waits has no backend and asks for none: whoever keeps the queue gives it its turn with [`Input::Room`]. Its
+//! client is read as while connecting, into at most as many buffers.
 //!
 //! A **half** is one direction, named by its source:
 //!
@@ -69,6 +75,14 @@ impl Side {
 pub enum Input {
     /// No backend could be selected for [`Output::Connect`].
     NoBackend,
+    /// Every backend has as many flows as it takes: instead of an answer to [`Output::Connect`], the flow waits for
+    /// [`Input::Room`].
+    Queued {
+        /// No longer than until then.
+        until: Timestamp,
+    },
+    /// It is the flow's turn.
+    Room,
     /// The connect succeeded.
     Connected,
     /// The connect failed, timed out or was cancelled.
@@ -184,7 +198,7 @@ pub enum Shot {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Output {
     /// Select a backend that this flow has not tried and connect to it; answer with [`Input::Connected`],
-    /// [`Input::ConnectFailed`] or [`Input::NoBackend`].
+    /// [`Input::ConnectFailed`], [`Input::NoBackend`] or [`Input::Queued`].
     Connect,
     /// Cancel the connect in flight; it still ends with one of its answers.
     CancelConnect,
@@ -283,11 +297,15 @@ pub enum CloseReason {
     Drained,
     /// No descriptor, port or memory was left for its backend connection.
     Exhausted,
+    /// Its pool had no room, and neither had its queue; or it waited there for too long.
+    Shed,
+    /// The client said that it has no more to say, before it had said anything, and while the flow waited.
+    ClientLeft,
 }
 
 impl CloseReason {
     /// All of them, in metric order.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Ended,
         Self::ClientReset,
         Self::BackendReset,
@@ -296,6 +314,8 @@ impl CloseReason {
         Self::Idle,
         Self::Drained,
         Self::Exhausted,
+        Self::Shed,
+        Self::ClientLeft,
     ];
 
     /// Its metric label.
@@ -309,6 +329,8 @@ impl CloseReason {
             Self::Idle => "idle",
             Self::Drained => "drained",
             Self::Exhausted => "exhausted",
+            Self::Shed => "shed",
+            Self::ClientLeft => "client_left",
         }
     }
 }
@@ -349,6 +371,7 @@ impl Default for Tuning {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Connecting,
+    Waiting,
     Open,
     /// One side is gone; `dead` is it.
     Dying {
@@ -454,7 +477,7 @@ impl Half {
 pub struct Flow {
     /// By source.
     halves: [Half; 2],
-    /// When the connect began, a byte last moved, or one side died.
+    /// When the connect began, a byte last moved, or one side died. While it waits: until when.
     since: Timestamp,
     phase: Phase,
     retries_left: u8,
@@ -506,6 +529,7 @@ impl Flow {
         match self.phase {
             Phase::Connecting if self.cancelling_connect => Timestamp::NEVER,
             Phase::Connecting => self.since + tuning.connect_timeout,
+            Phase::Waiting => self.since,
             Phase::Open => tuning.idle_timeout.map_or(Timestamp::NEVER, |idle| self.since + idle),
             Phase::Dying { .. } => self.since + FLUSH,
             Phase::Closed => Timestamp::NEVER,
@@ -535,6 +559,19 @@ impl Flow {
                 let reason =
                     if self.any_failed { CloseReason::ConnectFailed } else { CloseReason::NoBackend };
                 self.close(reason, chunks, out);
+            }
+            Input::Queued { until } => {
+                debug_assert_eq!(self.phase, Phase::Connecting, "a backend was asked for");
+                (self.phase, self.since) = (Phase::Waiting, until);
+                if self.is_client_gone() {
+                    self.close(CloseReason::ClientLeft, chunks, out);
+                }
+            }
+            Input::Room => {
+                if self.phase == Phase::Waiting {
+                    (self.phase, self.since) = (Phase::Connecting, now);
+                    out.push(Output::Connect);
+                }
             }
             Input::Connected => self.connected(now, tuning, chunks, out),
             Input::ConnectFailed => self.connect_failed(now, chunks, out),
@@ -617,7 +654,7 @@ impl Flow {
                 out.push(Output::Release(chunk.buffer));
                 return;
             }
-        } else {
+        } else if self.phase != Phase::Waiting {
             self.since = now;
         }
         half.queue.push(chunks, chunk);
@@ -683,8 +720,14 @@ impl Flow {
                     // Its last bytes are in; how it ended no longer matters.
                     Phase::Dying { dead } if dead == from => self.finish_dying(dead, chunks, out),
                     Phase::Dying { .. } | Phase::Closed => {}
-                    Phase::Connecting if why == RecvEnd::Reset => {
+                    Phase::Connecting | Phase::Waiting if why == RecvEnd::Reset => {
                         self.close(CloseReason::ClientReset, chunks, out);
+                    }
+                    Phase::Waiting => {
+                        half.end = End::Eof;
+                        if self.is_client_gone() {
+                            self.close(CloseReason::ClientLeft, chunks, out);
+                        }
                     }
                     Phase::Connecting | Phase::Open if why == RecvEnd::Eof => {
                         half.end = End::Eof;
@@ -775,6 +818,7 @@ impl Flow {
                 self.cancelling_connect = true;
                 out.push(Output::CancelConnect);
             }
+            Phase::Waiting => self.close(CloseReason::Shed, chunks, out),
             Phase::Open => self.close(CloseReason::Idle, chunks, out),
             Phase::Dying { dead } => self.close(reset_by(dead), chunks, out),
             Phase::Closed => {}
@@ -784,7 +828,7 @@ impl Flow {
     /// Sends the oldest waiting bytes of `from`'s half, if nothing of it is in flight and someone is there to take them.
     fn send_next(&mut self, from: Side, chunks: &Chunks, out: &mut Outputs) {
         let half = &mut self.halves[from.index()];
-        if half.sending || self.phase == Phase::Connecting {
+        if half.sending || matches!(self.phase, Phase::Connecting | Phase::Waiting) {
             return;
         }
         if let Some(chunk) = half.queue.front(chunks) {
@@ -812,10 +856,17 @@ impl Flow {
         }
     }
 
+    /// Whether nobody can want an answer any more: the client sent nothing, and sends nothing more. One that sent something
+    /// first may well wait for what is said to that.
+    fn is_client_gone(&self) -> bool {
+        let half = &self.halves[Side::Client.index()];
+        half.end == End::Eof && half.queue.is_empty()
+    }
+
     /// Whether bytes from this side are still wanted.
     fn is_read(&self, from: Side) -> bool {
         match self.phase {
-            Phase::Connecting => from == Side::Client,
+            Phase::Connecting | Phase::Waiting => from == Side::Client,
             Phase::Open => true,
             Phase::Dying { dead } => from == dead,
             Phase::Closed => false,
@@ -1187,6 +1238,55 @@ mod tests {
         assert_eq!(b.flow.deadline(&b.tuning), Timestamp::NEVER, "the cancel's own completion ends it");
         assert_eq!(b.step_at(Input::ConnectFailed, deadline), [Output::Connect]);
         assert_eq!(b.flow.deadline(&b.tuning), deadline + b.tuning.connect_timeout);
+    }
+
+    const UNTIL: Timestamp = Timestamp::from_millis(5_000);
+
+    fn waiting() -> Bench {
+        let mut b = Bench::accepted();
+        assert_eq!(b.step(Input::Queued { until: UNTIL }), []);
+        b
+    }
+
+    #[test]
+    fn a_flow_waits_for_room_with_what_its_client_said() {
+        let mut b = waiting();
+        let later = NOW + Duration::from_secs(1);
+        assert_eq!(b.step_at(received(Client, 0), later), []);
+        assert_eq!(b.step_at(Input::RecvEnded { from: Client, why: RecvEnd::Eof }, later), []);
+        assert_eq!(b.flow.deadline(&b.tuning), UNTIL, "what the client says does not buy time");
+        assert_eq!(b.step_at(Input::Room, later), [Output::Connect]);
+        assert_eq!(b.flow.deadline(&b.tuning), later + b.tuning.connect_timeout);
+        // Another was faster: it waits on.
+        assert_eq!(b.step_at(Input::Queued { until: UNTIL }, later), []);
+        assert_eq!(b.step_at(Input::Room, later), [Output::Connect]);
+        let out = b.step_at(Input::Connected, later);
+        assert_eq!(out.last(), Some(&Output::Send { to: Backend, chunk: chunk(0) }));
+        assert_eq!(b.step_at(Input::Room, later), [], "a turn that comes too late is none");
+    }
+
+    #[test]
+    fn a_flow_waits_no_longer_than_it_may() {
+        let mut b = waiting();
+        b.step(received(Client, 0));
+        assert_eq!(b.step(Input::Deadline), [], "too early");
+        let out = b.step_at(Input::Deadline, UNTIL);
+        assert_eq!(out, [Output::Release(BufferId(0)), closed(CloseReason::Shed)]);
+    }
+
+    #[test]
+    fn a_client_that_goes_away_waits_no_longer() {
+        let end = |why| Input::RecvEnded { from: Client, why };
+        assert_eq!(waiting().step(end(RecvEnd::Reset)), [closed(CloseReason::ClientReset)]);
+        assert_eq!(waiting().step(end(RecvEnd::Eof)), [closed(CloseReason::ClientLeft)]);
+        let mut b = Bench::accepted();
+        assert_eq!(b.step(end(RecvEnd::Eof)), []);
+        assert_eq!(b.step(Input::Queued { until: UNTIL }), [closed(CloseReason::ClientLeft)]);
+        let mut b = waiting();
+        b.step(received(Client, 0));
+        assert_eq!(b.step(end(RecvEnd::Eof)), [], "it asked for something");
+        assert_eq!(b.step(Input::Room), [Output::Connect]);
+        assert_eq!(b.step(Input::NoBackend).last(), Some(&closed(CloseReason::NoBackend)));
     }
 
     #[test]

@@ -62,6 +62,10 @@ struct World {
     holds: Vec<Option<(Side, u64)>>,
     connecting: bool,
     connect_cancelled: bool,
+    /// It waits for room, until then.
+    waiting: Option<Timestamp>,
+    /// Until when it may wait altogether, from its first time on.
+    waits_until: Option<Timestamp>,
     attempts: u32,
     closed: Option<CloseReason>,
     /// What the shell did at once and has still to tell.
@@ -115,6 +119,8 @@ impl World {
             holds: vec![None; usize::from(BUFFERS)],
             connecting: false,
             connect_cancelled: false,
+            waiting: None,
+            waits_until: None,
             attempts: 0,
             closed: None,
             answers: VecDeque::new(),
@@ -151,6 +157,7 @@ impl World {
             match *output {
                 Output::Connect => {
                     assert!(!self.connecting, "seed {seed}: two connects at once");
+                    assert!(self.waiting.is_none(), "seed {seed}: it did not wait for its turn");
                     self.attempts += 1;
                     assert!(self.attempts <= u32::from(self.tuning.connect_retries) + 1, "seed {seed}");
                     (self.connecting, self.connect_cancelled) = (true, false);
@@ -319,8 +326,9 @@ impl World {
 
     /// One thing that can happen next, chosen by the seed. False when nothing can.
     fn step(&mut self) -> bool {
-        let start = self.below(12);
-        (0..12).any(|n| match (start + n) % 12 {
+        let start = self.below(13);
+        (0..13).any(|n| match (start + n) % 13 {
+            12 if self.waiting.is_some() && self.closed.is_none() => self.room(),
             10 => self.complete_poll(Side::Client, false) || self.complete_poll(Side::Backend, true),
             11 => self.complete_poll(Side::Backend, false) || self.complete_poll(Side::Client, true),
             0 if self.connecting => self.complete_connect(),
@@ -340,6 +348,15 @@ impl World {
 
     fn complete_connect(&mut self) -> bool {
         self.connecting = false;
+        if self.closed.is_none() && !self.connect_cancelled && self.below(6) == 0 {
+            let soon = self.now + Duration::from_millis(1 + self.below(2_000));
+            let until = *self.waits_until.get_or_insert(soon);
+            // Before an answer it was no attempt.
+            self.attempts -= 1;
+            self.waiting = Some(until);
+            self.give(Input::Queued { until });
+            return true;
+        }
         let answer = match self.below(10) {
             0 if !self.connect_cancelled => Input::NoBackend,
             1 | 2 => Input::ConnectFailed,
@@ -348,6 +365,16 @@ impl World {
             _ => Input::Connected,
         };
         self.give(answer);
+        true
+    }
+
+    fn room(&mut self) -> bool {
+        if self.below(3) > 0 {
+            return false;
+        }
+        self.waiting = None;
+        self.give(Input::Room);
+        assert!(self.connecting, "seed {}: a turn that was not taken", self.seed);
         true
     }
 
@@ -421,8 +448,13 @@ impl World {
         // Now and then both peers fall silent for a while.
         let span = if self.below(40) == 0 { 120_000 } else { 400 };
         self.now = self.now + Duration::from_millis(self.below(span));
+        if let Some(until) = self.waiting {
+            assert_eq!(deadline, until, "seed {}: it waits for another time", self.seed);
+        }
         if self.now >= deadline {
             self.give(Input::Deadline);
+            let waits = self.waiting.is_some() && self.closed.is_none();
+            assert!(!waits, "seed {}: it waits for longer than it may", self.seed);
         }
         true
     }
