@@ -118,6 +118,12 @@ pub struct ListenerSnapshot {
     pub flows_closed: Vec<(&'static str, u64)>,
     /// Flows refused at a bound, by reason: a closed set of words.
     pub sheds: Vec<(&'static str, u64)>,
+    /// Selections with affinity, by what it had to do with them: a closed set of words.
+    pub affinity: Vec<(&'static str, u64)>,
+    /// Flows that waited for room.
+    pub flows_queued: u64,
+    /// Flows that wait for room now.
+    pub flows_waiting: u64,
     /// Time from the select to the established backend connection.
     pub connect_seconds: HistogramSnapshot,
     /// Time from accept to close.
@@ -161,6 +167,10 @@ pub struct EngineSnapshot {
     pub completion_overflows: u64,
     /// Selections that ignored ejections because most were ejected.
     pub ejections_ignored: u64,
+    /// Lines written to the access log.
+    pub access_log_written: u64,
+    /// Lines that the access log lost.
+    pub access_log_lost: u64,
 }
 
 /// How control looks at the dataplane without knowing it.

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use allocation::{PoolName, Publisher};
 
+use crate::access::AccessLogConfig;
 use crate::engine::Engine;
+use crate::share::PoolShare;
 use crate::tcp::{ListenerTcp, TcpOptions};
 
 /// All of it.
@@ -26,6 +28,8 @@ pub struct Config {
     pub engine: Option<Engine>,
     /// The part of selections that the decision log gets, 0 to 1; 0: there is none.
     pub decision_sample: f64,
+    /// A line for each flow; `None`: there is none, and it costs nothing.
+    pub access_log: Option<AccessLogConfig>,
 }
 
 impl Config {
@@ -39,6 +43,7 @@ impl Config {
             sources: Vec::new(),
             engine: None,
             decision_sample: 0.0,
+            access_log: None,
         }
     }
 }
@@ -52,13 +57,20 @@ pub struct ListenerConfig {
     pub targets: Vec<Target>,
     /// How TCP behaves towards clients.
     pub tcp: ListenerTcp,
+    /// How many flows it takes, and how fast.
+    pub limits: ListenerLimits,
 }
 
 impl ListenerConfig {
     /// A listener whose flows go to one pool.
     pub fn new(bind: SocketAddr, pool: PoolName, table: Publisher) -> Self {
         let connecting = Connecting::default();
-        Self { bind, targets: vec![Target { pool, table, connecting }], tcp: ListenerTcp::default() }
+        Self {
+            bind,
+            targets: vec![Target { pool, table, connecting, share: None }],
+            tcp: ListenerTcp::default(),
+            limits: ListenerLimits::default(),
+        }
     }
 
     /// The pool that gets what nothing else is said of.
@@ -76,6 +88,8 @@ pub struct Target {
     pub table: Publisher,
     /// How its backends are connected to. Alike wherever the pool is a target.
     pub connecting: Connecting,
+    /// What all targets of this pool share; `None`: it has neither a budget, nor a queue, nor affinity.
+    pub share: Option<PoolShare>,
 }
 
 /// How the backends of a pool are connected to.
@@ -91,6 +105,20 @@ pub struct Connecting {
     /// Connect from the client's address (`IP_TRANSPARENT`, `ip(7)`): needs `CAP_NET_ADMIN`, and routes that bring the
     /// answers back here.
     pub transparent: bool,
+}
+
+/// Limits of one listener, over all workers; 0: none. A rate is also the most that may come at once. Who is turned away is
+/// reset before anything is kept of it, and counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ListenerLimits {
+    /// Flows open at once (`sheds{reason="listener_flows"}`).
+    pub flows: u32,
+    /// Of one client: an IPv4 address, or an IPv6 /64 (`client_flows`).
+    pub flows_per_client: u32,
+    /// New flows a second (`listener_rate`).
+    pub new_flows_per_second: u32,
+    /// Of one client (`client_rate`).
+    pub new_flows_per_client_per_second: u32,
 }
 
 /// Bounds. At each there is a defined outcome and a counter.

@@ -113,6 +113,7 @@ mod tests {
             table: Arc::new(table),
             side: 0,
             chosen: Err(NoBackend::AllFull),
+            kept: false,
             tried: 0,
             looks: Looks::none(),
         }

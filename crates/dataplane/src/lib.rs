@@ -25,6 +25,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod access;
 mod clock;
 mod config;
 mod decisions;
@@ -33,13 +34,16 @@ mod io;
 mod listen;
 mod pipes;
 mod run;
+mod share;
 mod slots;
 mod stats;
 mod tcp;
 mod towards;
 mod worker;
 
-pub use config::{Config, Connecting, Limits, ListenerConfig, Target, Timeouts};
+pub use access::{AccessLogConfig, AccessLogFormat, AccessLogTo};
+pub use config::{Config, Connecting, Limits, ListenerConfig, ListenerLimits, Target, Timeouts};
 pub use engine::{Engine, ProbeError};
 pub use run::{Bound, Dataplane, StartError, WorkerFailed, bind};
+pub use share::{PoolKnobs, PoolShare, QueueKnobs};
 pub use tcp::{KeepaliveOptions, Knob, ListenerTcp, Refused, TcpOptions};

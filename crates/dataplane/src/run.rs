@@ -18,6 +18,7 @@ use rustix::process::{Resource, getrlimit};
 use rustix::thread::{CpuSet, sched_getaffinity};
 use uring::{Ring, SetupError};
 
+use crate::access::{self, AccessLog, AccessLogTo};
 use crate::clock::Clock;
 use crate::config::{Config, Limits, Target};
 use crate::engine::{Engine, Epoll, ProbeError, TokioUring, choose};
@@ -27,6 +28,7 @@ use crate::pipes::PIPES_MAX;
 use crate::stats::{Stats, WorkerStats};
 use crate::tcp::{ListenError, Refused};
 use crate::towards::Towards;
+use crate::worker::admit::Gate;
 use crate::worker::{ListenerSetup, TargetSetup, Worker, WorkerSetup};
 
 /// Descriptors kept back from flows for rings, listeners, control, files; and for each worker's pipes.
@@ -99,6 +101,16 @@ pub enum StartError {
         /// The limit.
         limit: u64,
     },
+    /// The access log cannot be opened.
+    #[error(
+        "cannot write the access log ({to:?}): {source}; does its folder exist, and may this user write there?"
+    )]
+    AccessLog {
+        /// Where it goes.
+        to: AccessLogTo,
+        /// The kernel's answer.
+        source: io::Error,
+    },
     /// The kernel would not give a thread, an eventfd, or a listening state.
     #[error("the dataplane could not start: {0}")]
     System(#[from] io::Error),
@@ -125,6 +137,8 @@ pub struct Bound {
     sockets: Vec<Vec<OwnedFd>>,
     /// One for each pool.
     towards: Vec<Arc<Towards>>,
+    /// By listener.
+    gates: Vec<Option<Arc<Gate>>>,
     stats: Arc<Stats>,
     clock: Clock,
 }
@@ -133,6 +147,7 @@ pub struct Bound {
 #[derive(Debug)]
 pub struct Dataplane {
     threads: Vec<JoinHandle<Result<(), String>>>,
+    access_log: Option<access::Running>,
     shared: Arc<Shared>,
     addresses: Vec<SocketAddr>,
     stats: Arc<Stats>,
@@ -163,7 +178,12 @@ impl Shared {
 
     fn order(&self, change: impl FnOnce(&mut Orders)) {
         change(&mut self.orders.lock().unwrap_or_else(PoisonError::into_inner));
-        for bell in &self.bells {
+        (0..self.bells.len()).for_each(|worker| self.ring(worker));
+    }
+
+    /// Wakes a worker.
+    pub(crate) fn ring(&self, worker: usize) {
+        if let Some(bell) = self.bells.get(worker) {
             // Fails only when the counter is full, and then it rings already.
             let _ = rustix::io::write(bell, &1_u64.to_ne_bytes());
         }
@@ -207,10 +227,13 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
         engine,
         buffer_bytes: AtomicU64::new(0),
         towards: towards.clone(),
+        access_log: Arc::default(),
     };
     // Pinning fewer workers than cores would only forbid the scheduler to keep them apart from other work.
     let pin = if workers == cores.len() { cores } else { Vec::new() };
+    let gates = config.listeners.iter().map(|listener| Gate::new(&listener.limits, seed())).collect();
     Ok(Bound {
+        gates,
         config,
         workers,
         pin,
@@ -244,17 +267,20 @@ impl Bound {
             .map(|_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK))
             .collect::<Result<Vec<_>, _>>()
             .map_err(io::Error::from)?;
+        let (mut logs, access_log) = self.access_log()?;
         let shared = Arc::new(Shared { flows_open: AtomicU32::new(0), orders: Mutex::default(), bells });
         let (ready, started) = mpsc::channel();
         let mut dataplane = Dataplane {
             threads: Vec::new(),
+            access_log,
             shared: Arc::clone(&shared),
             addresses: self.addresses.clone(),
             stats: Arc::clone(&self.stats),
         };
         let (clock, engine) = (self.clock, self.stats.engine.engine);
+        self.tell_of_tables(&shared);
         for worker in 0..self.workers {
-            let setup = self.worker_setup(worker, clock, &shared);
+            let setup = self.worker_setup(worker, clock, &shared, logs.pop());
             let ready = ready.clone();
             let shared = Arc::clone(&shared);
             let thread =
@@ -281,14 +307,50 @@ impl Bound {
         Ok(dataplane)
     }
 
-    fn worker_setup(&mut self, worker: usize, clock: Clock, shared: &Arc<Shared>) -> WorkerSetup {
+    /// Opens the access log, if there is one: an end for each worker.
+    fn access_log(&self) -> Result<(Vec<AccessLog>, Option<access::Running>), StartError> {
+        let Some(config) = &self.config.access_log else { return Ok((Vec::new(), None)) };
+        let names = self.addresses.iter().zip(&self.config.listeners).map(|(address, listener)| {
+            let pools = listener.targets.iter().map(|target| target.pool.to_string());
+            (format!("tcp://{address}"), pools.collect())
+        });
+        access::start(config, names.collect(), self.workers, self.clock, &self.stats.access_log)
+            .map(|(logs, running)| (logs, Some(running)))
+            .map_err(|source| StartError::AccessLog { to: config.to.clone(), source })
+    }
+
+    /// A new table may have room for flows that wait.
+    fn tell_of_tables(&self, shared: &Arc<Shared>) {
+        for target in self.config.listeners.iter().flat_map(|listener| &listener.targets) {
+            let Some(share) = target.share.clone().filter(|share| share.queue().is_some()) else { continue };
+            // Tables may be published after the workers' end.
+            let shared = Arc::downgrade(shared);
+            target.table.on_publish(move || {
+                if let Some(shared) = shared.upgrade() {
+                    share.room(|worker| shared.ring(worker));
+                }
+            });
+        }
+    }
+
+    fn worker_setup(
+        &mut self,
+        worker: usize,
+        clock: Clock,
+        shared: &Arc<Shared>,
+        access_log: Option<AccessLog>,
+    ) -> WorkerSetup {
         let limits = self.config.limits;
         let flows_max = flows_max(&limits, self.workers);
-        let listeners = self.sockets.iter_mut().zip(&self.config.listeners);
+        let listeners = self.sockets.iter_mut().zip(&self.config.listeners).zip(&self.gates);
         let towards = &self.towards;
         let target_setup = |target: &Target| {
             let towards = towards.iter().find(|towards| *towards.pool() == target.pool)?;
-            Some(TargetSetup { reader: target.table.reader(), towards: Arc::clone(towards) })
+            Some(TargetSetup {
+                reader: target.table.reader(),
+                towards: Arc::clone(towards),
+                share: target.share.clone(),
+            })
         };
         WorkerSetup {
             worker,
@@ -298,12 +360,14 @@ impl Bound {
             stats: Arc::clone(&self.stats.workers[worker]),
             buffer_bytes: Arc::clone(&self.stats),
             listeners: listeners
-                .map(|(sockets, l)| ListenerSetup {
+                .map(|((sockets, listener), gate)| ListenerSetup {
                     socket: sockets.remove(0),
-                    backlog: l.tcp.backlog,
-                    targets: l.targets.iter().filter_map(target_setup).collect(),
+                    backlog: listener.tcp.backlog,
+                    targets: listener.targets.iter().filter_map(target_setup).collect(),
+                    gate: gate.clone(),
                 })
                 .collect(),
+            access_log,
             flows_max,
             buffers_max: if limits.buffers_max == 0 {
                 flows_max.saturating_mul(2).max(256)
@@ -360,6 +424,10 @@ impl Dataplane {
                 first = Err(WorkerFailed { worker, reason });
             }
         }
+        // The workers have handed over what they had to say.
+        if let Some(access_log) = self.access_log {
+            access_log.end();
+        }
         first
     }
 
@@ -404,6 +472,12 @@ const fn instead(engine: Engine) -> &'static str {
         Engine::Uring | Engine::TokioUring => "; or write engine = \"auto\", which takes the best that works",
         Engine::Epoll => "",
     }
+}
+
+/// A number that nobody outside can foresee.
+fn seed() -> u64 {
+    use std::hash::{BuildHasher as _, Hasher as _};
+    std::hash::RandomState::new().build_hasher().finish()
 }
 
 fn listen_error(address: SocketAddr, error: ListenError) -> StartError {

@@ -8,9 +8,10 @@ use allocation::telemetry::{
     CONNECT_SECONDS, Counter, DataplaneView, EngineSnapshot, FLOW_SECONDS, Histogram, ListenerSnapshot,
     OptionsRefused,
 };
-use allocation::{Decision, PoolName};
+use allocation::{Decision, Kept, PoolName};
 use flow::CloseReason;
 
+use crate::access;
 use crate::decisions::Decisions;
 use crate::engine::Chosen;
 use crate::towards::Towards;
@@ -30,13 +31,43 @@ pub(crate) enum Shed {
     Requirement,
     /// Backends cannot be connected to as the pool wants: from the client's address, or with its mark.
     Source,
+    /// As many flows of the listener are open as may be.
+    ListenerFlows,
+    /// New flows of the listener come too fast.
+    ListenerRate,
+    /// As many flows of the client are open as may be.
+    ClientFlows,
+    /// New flows of the client come too fast.
+    ClientRate,
+    /// As many flows of the pool are open as may be.
+    PoolFlows,
+    /// No room, and as many flows wait for some as may.
+    QueueFull,
+    /// It waited for room as long as it may.
+    QueueDeadline,
+    /// It had gone before it could be asked who it is.
+    ClientGone,
 }
 
 impl Shed {
-    const ALL: [Self; 6] =
-        [Self::Flows, Self::Descriptors, Self::Ports, Self::Memory, Self::Requirement, Self::Source];
+    const ALL: [Self; 14] = [
+        Self::Flows,
+        Self::Descriptors,
+        Self::Ports,
+        Self::Memory,
+        Self::Requirement,
+        Self::Source,
+        Self::ListenerFlows,
+        Self::ListenerRate,
+        Self::ClientFlows,
+        Self::ClientRate,
+        Self::PoolFlows,
+        Self::QueueFull,
+        Self::QueueDeadline,
+        Self::ClientGone,
+    ];
 
-    const fn label(self) -> &'static str {
+    pub(crate) const fn label(self) -> &'static str {
         match self {
             Self::Flows => "flows",
             Self::Descriptors => "descriptors",
@@ -44,6 +75,14 @@ impl Shed {
             Self::Memory => "memory",
             Self::Requirement => "requirement",
             Self::Source => "source",
+            Self::ListenerFlows => "listener_flows",
+            Self::ListenerRate => "listener_rate",
+            Self::ClientFlows => "client_flows",
+            Self::ClientRate => "client_rate",
+            Self::PoolFlows => "pool_flows",
+            Self::QueueFull => "queue_full",
+            Self::QueueDeadline => "queue_deadline",
+            Self::ClientGone => "client_gone",
         }
     }
 }
@@ -57,6 +96,11 @@ pub(crate) struct ListenerStats {
     pub(crate) connect_retries: Counter,
     closed: [Counter; CloseReason::ALL.len()],
     sheds: [Counter; Shed::ALL.len()],
+    /// By [`Kept`].
+    kept: [Counter; Kept::ALL.len()],
+    /// Flows that waited for room, and those that do now.
+    pub(crate) queued: Counter,
+    pub(crate) waiting: Counter,
     pub(crate) connect_seconds: Histogram,
     pub(crate) flow_seconds: Histogram,
 }
@@ -70,6 +114,9 @@ impl ListenerStats {
             connect_retries: Counter::default(),
             closed: Default::default(),
             sheds: Default::default(),
+            kept: Default::default(),
+            queued: Counter::default(),
+            waiting: Counter::default(),
             connect_seconds: Histogram::new(&CONNECT_SECONDS),
             flow_seconds: Histogram::new(&FLOW_SECONDS),
         }
@@ -81,6 +128,10 @@ impl ListenerStats {
 
     pub(crate) fn shed(&self, reason: Shed) {
         self.sheds[reason as usize].add(1);
+    }
+
+    pub(crate) fn kept(&self, kept: Kept) {
+        self.kept[kept as usize].add(1);
     }
 
     fn open(&self) -> u64 {
@@ -131,6 +182,7 @@ pub(crate) struct Stats {
     pub(crate) buffer_bytes: AtomicU64,
     /// One for each pool.
     pub(crate) towards: Vec<Arc<Towards>>,
+    pub(crate) access_log: Arc<access::State>,
 }
 
 impl Stats {
@@ -153,6 +205,9 @@ impl DataplaneView for Stats {
                 connect_retries: 0,
                 flows_closed: CloseReason::ALL.map(|reason| (reason.label(), 0)).to_vec(),
                 sheds: Shed::ALL.map(|reason| (reason.label(), 0)).to_vec(),
+                affinity: Kept::ALL.map(|kept| (kept.label(), 0)).to_vec(),
+                flows_queued: 0,
+                flows_waiting: 0,
                 connect_seconds: Histogram::new(&CONNECT_SECONDS).snapshot(),
                 flow_seconds: Histogram::new(&FLOW_SECONDS).snapshot(),
             };
@@ -165,6 +220,9 @@ impl DataplaneView for Stats {
                 all.connect_retries += stats.connect_retries.read();
                 all.flows_closed.iter_mut().zip(&stats.closed).for_each(|(sum, n)| sum.1 += n.read());
                 all.sheds.iter_mut().zip(&stats.sheds).for_each(|(sum, n)| sum.1 += n.read());
+                all.affinity.iter_mut().zip(&stats.kept).for_each(|(sum, n)| sum.1 += n.read());
+                all.flows_queued += stats.queued.read();
+                all.flows_waiting += stats.waiting.read();
                 all.connect_seconds.merge(&stats.connect_seconds.snapshot());
                 all.flow_seconds.merge(&stats.flow_seconds.snapshot());
             }
@@ -187,6 +245,8 @@ impl DataplaneView for Stats {
             spliced_bytes: self.sum(|w| w.spliced_bytes.read()),
             completion_overflows: self.sum(|w| w.completion_overflows.read()),
             ejections_ignored: self.sum(|w| w.ejections_ignored.read()),
+            access_log_written: self.access_log.written(),
+            access_log_lost: self.access_log.lost(),
         }
     }
 

@@ -2,19 +2,16 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
 
 use allocation::Timestamp;
 use flow::Flow;
-use rustix::net::sockopt;
 use uring::{Completion, EnterError, Op, Token};
 
-use super::connect::local_failure;
+use super::connect::{client_address, local_failure};
+use super::noted::Noted;
 use super::slot::{FlowSlot, Moved, Nodelay, Sources, Syn};
 use super::{ACCEPT_REST, Worker};
 use crate::io::Io;
-use crate::stats::Shed;
 
 impl<I: Io> Worker<I> {
     pub(super) fn arm_accepts(&mut self) -> Result<(), EnterError> {
@@ -64,13 +61,12 @@ impl<I: Io> Worker<I> {
     }
 
     pub(super) fn open_flow(&mut self, listener: usize, client: OwnedFd) -> Result<(), EnterError> {
+        let admitted = match self.admit(listener, || client_address(Some(&client))) {
+            Ok(admitted) => admitted,
+            Err(shed) => return self.turn_away(listener, client, shed),
+        };
+        let noted = self.access_log.as_ref().map(|_| Noted::new(client_address(Some(&client))));
         let stats = &self.stats.listeners[listener];
-        if self.shared.flows_open.fetch_add(1, Relaxed) >= self.flows_max {
-            self.shared.flows_open.fetch_sub(1, Relaxed);
-            stats.shed(Shed::Flows);
-            let _ = sockopt::set_socket_linger(&client, Some(Duration::ZERO));
-            return self.ring.close(client);
-        }
         stats.opened.add(1);
         let now = self.now.timestamp();
         let mut outputs = std::mem::take(&mut self.outputs);
@@ -84,6 +80,12 @@ impl<I: Io> Worker<I> {
             nodelay: Nodelay::NothingSent,
             settled: false,
             local_failure: None,
+            shed: None,
+            has_place: false,
+            waits: false,
+            waited_micros: 0,
+            admitted,
+            noted,
             client: Some(client),
             backend: None,
             pipes: None,

@@ -1,6 +1,5 @@
 //! The end of a flow.
 
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use flow::CloseReason;
@@ -9,6 +8,7 @@ use uring::EnterError;
 
 use super::{FLOW_OPS, Worker, bit};
 use crate::io::Io;
+use crate::stats::Shed;
 
 impl<I: Io> Worker<I> {
     pub(super) fn closed(
@@ -36,12 +36,26 @@ impl<I: Io> Worker<I> {
             if slot.answered { open.reset_after_answer() } else { open.reset_before_answer(now.timestamp()) }
         }
         slot.tried = Vec::new();
+        // The flow ends one only that waited for too long.
+        let shed = match (reason, slot.shed) {
+            (CloseReason::Shed, None) => {
+                stats.shed(Shed::QueueDeadline);
+                Some(Shed::QueueDeadline)
+            }
+            (CloseReason::Shed, shed) => shed,
+            (CloseReason::ConnectFailed | CloseReason::Exhausted, _) => slot.local_failure,
+            _ => None,
+        };
         for pipe in slot.pipes.take().into_iter().flat_map(|pipes| *pipes).flatten() {
             self.pipes.put(pipe);
         }
-        self.shared.flows_open.fetch_sub(1, Relaxed);
+        self.leave_pool(index);
+        self.log(index, reason, shed);
+        let Some(slot) = self.flows.get_mut(index) else { return Ok(()) };
+        let (listener, admitted) = (slot.listener, slot.admitted);
         let in_flight = slot.in_flight;
         let sockets = [(slot.client.take(), reset_client), (slot.backend.take(), reset_backend)];
+        self.dismiss(listener, admitted);
         // What is in flight keeps its file open and would delay the FIN or RST. One by one, which the kernel finds at
         // once; to cancel all of a descriptor it would look at every flow's.
         for op in FLOW_OPS.into_iter().filter(|op| in_flight & bit(*op) != 0) {

@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use allocation::{
-    AllocationTable, BackendIndex, Decision, Excluded, FlowKey, LiveFacts, NoBackend, Selection, Timestamp,
+    AllocationTable, BackendIndex, Client, Decision, Excluded, FlowKey, Kept, LiveFacts, NoBackend,
+    Selection, Timestamp,
 };
 use flow::{CloseReason, Input, Shot, Side, Tuning};
 use rustix::io::Errno;
@@ -14,6 +15,7 @@ use uring::{EnterError, Op};
 use super::Worker;
 use super::slot::{FlowSlot, Sources, Syn, Target};
 use crate::io::Io;
+use crate::share::PoolShare;
 use crate::stats::Shed;
 use crate::tcp;
 use crate::towards::{ANY_SOURCE, SocketError, Spent, Towards};
@@ -21,21 +23,28 @@ use crate::towards::{ANY_SOURCE, SocketError, Spent, Towards};
 impl<I: Io> Worker<I> {
     /// Selects a backend that the flow has not tried and connects to it.
     pub(super) fn connect(&mut self, index: u32) -> Result<(), EnterError> {
-        let Self { flows, listeners, now, ring, .. } = self;
-        let Some(slot) = flows.get_mut(index) else { return Ok(()) };
-        if let Some(failed) = slot.backend.take() {
-            ring.close(failed)?;
+        if let Some(failed) = self.flows.get_mut(index).and_then(|slot| slot.backend.take()) {
+            self.ring.close(failed)?;
+            self.made_room(index);
         }
+        if !self.take_place(index) {
+            return Ok(());
+        }
+        let Self { flows, listeners, now, .. } = self;
+        let Some(slot) = flows.get_mut(index) else { return Ok(()) };
         let (listener, target) = (slot.listener, slot.target);
         let pool = &mut listeners[usize::from(listener)].targets[usize::from(target)];
         let table = Arc::clone(pool.table());
         let tried = excluded(&table, &slot.tried);
         let key = if table.wants_key() { client_key(slot.client.as_ref()) } else { FlowKey::from_bits(0) };
-        let selection = pool.selector.select_for(&table, key, &tried, now.timestamp());
-        self.note(listener, target, &table, &tried, &selection);
-        let (chosen, open) = match selection {
-            Ok(Selection { index: chosen, open, .. }) => (chosen, open),
+        let (selection, kept) =
+            pool.select(&table, key, &tried, now.timestamp(), || client_address(slot.client.as_ref()));
+        self.note(listener, target, &table, &tried, &selection, kept);
+        let selection = match selection {
+            Ok(selection) => selection,
+            Err(NoBackend::AllFull) if self.wait_for_room(index) => return Ok(()),
             Err(why) => {
+                self.leave_queue(index);
                 if why == NoBackend::RequirementUnmet {
                     self.stats.listeners[usize::from(listener)].shed(Shed::Requirement);
                 }
@@ -43,11 +52,15 @@ impl<I: Io> Worker<I> {
                 return Ok(());
             }
         };
-        let address = table.backend(chosen).address;
-        let asked_micros = self.now.micros;
+        self.leave_queue(index);
+        let address = table.backend(selection.index).address;
+        let (now, asked_micros) = (self.now.timestamp(), self.now.micros);
         let Some(slot) = self.flows.get_mut(index) else { return Ok(()) };
         let pool = &mut self.listeners[usize::from(listener)].targets[usize::from(target)];
-        slot.open = Some(open);
+        if let Some(noted) = &mut slot.noted {
+            noted.chosen(&table, &selection, kept, now);
+        }
+        slot.open = Some(selection.open);
         slot.asked_micros = asked_micros;
         slot.sources = pool.sources(&address);
         self.connect_to(index, address)
@@ -107,7 +120,11 @@ impl<I: Io> Worker<I> {
         table: &Arc<AllocationTable>,
         tried: &Excluded,
         selection: &Result<Selection, NoBackend>,
+        kept: Option<Kept>,
     ) {
+        if let Some(kept) = kept {
+            self.stats.listeners[usize::from(listener)].kept(kept);
+        }
         let (chosen, side) = match selection {
             Ok(selection) => (Ok(selection.index), selection.side),
             Err(why) => (Err(*why), 0),
@@ -122,6 +139,7 @@ impl<I: Io> Worker<I> {
             table: Arc::clone(table),
             side,
             chosen,
+            kept: kept == Some(Kept::Same),
             tried: tried.count(),
             looks: selector.looks(looked_at, chosen.ok(), tried, now),
         });
@@ -130,6 +148,9 @@ impl<I: Io> Worker<I> {
     pub(super) fn shed_connecting(&mut self, index: u32, shed: Shed) {
         if let Some(stats) = self.listener_stats(index) {
             stats.shed(shed);
+        }
+        if let Some(slot) = self.flows.get_mut(index) {
+            slot.local_failure = Some(shed);
         }
         self.followups.push_back(Input::Abort(CloseReason::Exhausted));
     }
@@ -285,14 +306,37 @@ fn bind_as(socket: &OwnedFd, client: Option<&OwnedFd>, backend: &SocketAddr) -> 
     rustix::net::bind(socket, &address).map_err(|_| NoSocket::ForThisBackend(Shed::Source))
 }
 
-fn client_address(client: Option<&OwnedFd>) -> Option<SocketAddr> {
+pub(super) fn client_address(client: Option<&OwnedFd>) -> Option<SocketAddr> {
     let address = client.and_then(|client| rustix::net::getpeername(client).ok().flatten());
     address.and_then(|address| SocketAddr::try_from(address).ok())
 }
 
 /// Who the client is. One whose connection is gone already is nobody in particular.
-pub(super) fn client_key(client: Option<&OwnedFd>) -> FlowKey {
+fn client_key(client: Option<&OwnedFd>) -> FlowKey {
     client_address(client).map_or(FlowKey::from_bits(0), |address| FlowKey::of_client(address.ip()))
+}
+
+impl Target {
+    /// Selects by affinity where there is some and the client is known, else by the policy.
+    fn select(
+        &mut self,
+        table: &AllocationTable,
+        key: FlowKey,
+        tried: &Excluded,
+        now: Timestamp,
+        peer: impl FnOnce() -> Option<SocketAddr>,
+    ) -> (Result<Selection, NoBackend>, Option<Kept>) {
+        if let Some(affinity) = self.share.as_ref().and_then(PoolShare::affinity)
+            && let Some(peer) = peer()
+        {
+            let client = Client::at(peer.ip());
+            return match self.selector.select_kept(table, affinity, client, key, tried, now) {
+                Ok((selection, kept)) => (Ok(selection), Some(kept)),
+                Err(why) => (Err(why), None),
+            };
+        }
+        (self.selector.select_for(table, key, tried, now), None)
+    }
 }
 
 /// The backends of this table that a flow has tried. Looked for by identity, because a table that was published between

@@ -58,6 +58,9 @@ impl<I: Io> Worker<I> {
                 open.answered();
                 let took = self.now.micros.saturating_sub(slot.asked_micros);
                 open.first_byte_took(took, self.now.timestamp());
+                if let Some(noted) = &mut slot.noted {
+                    noted.first_byte(took);
+                }
             }
         }
     }
@@ -102,6 +105,9 @@ impl<I: Io> Worker<I> {
             if let Some(open) = &slot.open {
                 open.connected();
                 open.connect_took(took);
+            }
+            if let Some(noted) = &mut slot.noted {
+                noted.connected(took);
             }
             slot.asked_micros = now.micros;
             slot.tried = Vec::new();

@@ -18,6 +18,7 @@ impl<I: Io> Worker<I> {
         let mut count = [0; 8];
         // Nonblocking; nothing to read means that an earlier ring was answered already.
         let _ = rustix::io::read(self.shared.bell(self.worker), &mut count);
+        self.room.here = true;
         let orders = self.shared.orders();
         let was_leaving = self.leaving();
         if self.orders.drain_within != orders.drain_within {

@@ -20,22 +20,29 @@ use flow::{Chunks, Input, Outputs, Side, TimerWheel, Tuning};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use uring::{Completion, EnterError, Group, Op, Setup, SetupError, Token, Wait};
 
+use crate::access::AccessLog;
 use crate::clock::{Clock, Now};
 use crate::io::Io;
 use crate::listen;
 use crate::pipes::Pipes;
 use crate::run::{Orders, Shared};
+use crate::share::PoolShare;
 use crate::slots::Slots;
 use crate::stats::{Stats, WorkerStats};
 use crate::towards::Towards;
+use admit::Gate;
+use queue::Room;
 use slot::{FlowSlot, Listener, Syn, Target};
 
 mod accept;
+pub(crate) mod admit;
 mod close;
 mod connect;
 mod inputs;
 mod leave;
+mod noted;
 mod perform;
+pub(crate) mod queue;
 mod slot;
 mod splice;
 mod waits;
@@ -72,6 +79,7 @@ pub(crate) struct WorkerSetup {
     pub(crate) flows_max: u32,
     pub(crate) buffers_max: u32,
     pub(crate) tuning: Tuning,
+    pub(crate) access_log: Option<AccessLog>,
 }
 
 /// A listener, before it accepts.
@@ -79,12 +87,15 @@ pub(crate) struct ListenerSetup {
     pub(crate) socket: OwnedFd,
     pub(crate) backlog: u16,
     pub(crate) targets: Vec<TargetSetup>,
+    /// Who turns new flows away; `None`: nobody is.
+    pub(crate) gate: Option<Arc<Gate>>,
 }
 
 /// A pool that serves a listener.
 pub(crate) struct TargetSetup {
     pub(crate) reader: Reader,
     pub(crate) towards: Arc<Towards>,
+    pub(crate) share: Option<PoolShare>,
 }
 
 /// One worker, on its own thread.
@@ -111,6 +122,9 @@ pub(crate) struct Worker<I> {
     /// When flows that are left are reset.
     drain_deadline: Option<Timestamp>,
     orders: Orders,
+    /// Where queues are to be looked at.
+    room: Room,
+    access_log: Option<AccessLog>,
     /// Kept between steps for their memory.
     outputs: Outputs,
     followups: VecDeque<Input>,
@@ -136,6 +150,7 @@ impl<I: Io> Worker<I> {
                 armed: false,
                 backlog: listener.backlog,
                 targets: listener.targets.into_iter().map(target).collect(),
+                gate: listener.gate,
             }
         };
         setup.buffer_bytes.buffer_bytes.store(u64::from(BUFFER_BYTES), Relaxed);
@@ -158,6 +173,8 @@ impl<I: Io> Worker<I> {
             accept_warned: false,
             drain_deadline: None,
             orders: Orders::default(),
+            room: Room::default(),
+            access_log: setup.access_log,
             outputs: Outputs::new(),
             followups: VecDeque::new(),
             expired: Vec::new(),
@@ -190,6 +207,7 @@ impl<I: Io> Worker<I> {
             }
             self.expire()?;
             self.serve_buffer_waits()?;
+            self.serve_queues()?;
             self.publish_stats();
         }
         Ok(())

@@ -8,7 +8,11 @@ use allocation::{AllocationTable, LiveFacts, OpenFlow, Reader, Selector, Timesta
 use flow::{Flow, Shot, Side};
 
 use super::TargetSetup;
+use super::admit::{Admitted, Gate};
+use super::noted::Noted;
+use super::queue::Queue;
 use crate::pipes::Pipe;
+use crate::share::PoolShare;
 use crate::stats::Shed;
 use crate::towards::{Spent, Towards};
 
@@ -19,6 +23,8 @@ pub(super) struct Listener {
     pub(super) backlog: u16,
     /// Whom its flows are given to: the first is the default.
     pub(super) targets: Box<[Target]>,
+    /// Who turns new flows away; `None`: nobody is.
+    pub(super) gate: Option<Arc<Gate>>,
 }
 
 /// A pool that serves flows of a listener.
@@ -35,6 +41,9 @@ pub(super) struct Target {
     source_turn: usize,
     /// Source addresses that have no port left.
     pub(super) spent: Spent,
+    /// What it has in common with others of its pool.
+    pub(super) share: Option<PoolShare>,
+    pub(super) queue: Queue,
 }
 
 /// One flow and its sockets.
@@ -52,6 +61,17 @@ pub(super) struct FlowSlot {
     pub(super) settled: bool,
     /// The last connect failed for want of something of ours, not through the backend.
     pub(super) local_failure: Option<Shed>,
+    /// The bound at which it ends.
+    pub(super) shed: Option<Shed>,
+    /// It is counted in its pool's budget.
+    pub(super) has_place: bool,
+    /// It is in its target's queue.
+    pub(super) waits: bool,
+    /// How long it was, in microseconds.
+    pub(super) waited_micros: u64,
+    pub(super) admitted: Admitted,
+    /// For the access log, where there is one.
+    pub(super) noted: Option<Box<Noted>>,
     pub(super) client: Option<OwnedFd>,
     pub(super) backend: Option<OwnedFd>,
     /// Of halves that are spliced, by source; few flows have any.
@@ -126,10 +146,11 @@ impl Listener {
 impl Target {
     /// Workers begin with different source addresses.
     pub(super) fn new(setup: TargetSetup, worker: usize, seed: u64) -> Self {
-        let TargetSetup { mut reader, towards } = setup;
+        let TargetSetup { mut reader, towards, share } = setup;
         let table = Arc::clone(reader.read());
         let (selector, spent) = (Selector::new(seed), Spent::default());
-        Self { reader, table, table_read: false, selector, towards, source_turn: worker, spent }
+        let queue = Queue::default();
+        Self { reader, table, table_read: false, selector, towards, source_turn: worker, spent, share, queue }
     }
 
     /// The source addresses for a backend: each once, beginning with the next in turn.
@@ -156,7 +177,11 @@ impl Target {
 impl FlowSlot {
     /// Adds what was delivered to the backend's count.
     pub(super) fn hand_over_moved(&mut self) {
-        let Moved { to_client, to_backend } = std::mem::take(&mut self.moved);
+        let moved = std::mem::take(&mut self.moved);
+        let Moved { to_client, to_backend } = moved;
+        if let Some(noted) = &mut self.noted {
+            noted.moved(moved);
+        }
         if let Some(open) = self.open.as_ref().filter(|_| to_client | to_backend != 0) {
             open.moved_bytes(u64::from(to_client), u64::from(to_backend));
         }

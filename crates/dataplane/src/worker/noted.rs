@@ -1,0 +1,91 @@
+//! What is noted of a flow while it goes, for its line in the access log. Nothing, where there is none.
+
+use std::net::SocketAddr;
+
+use allocation::{AllocationTable, Kept, Selection};
+use flow::CloseReason;
+
+use super::Worker;
+use super::slot::Moved;
+use crate::access::{Chosen, Protocol, Record};
+use crate::io::Io;
+use crate::stats::Shed;
+
+/// Beside the slot, on the heap: with the log off a flow has a pointer more.
+#[derive(Debug, Default)]
+pub(super) struct Noted {
+    client: Option<SocketAddr>,
+    chosen: Option<Chosen>,
+    connects: u8,
+    to_client: u64,
+    to_backend: u64,
+    connect_micros: Option<u64>,
+    first_byte_micros: Option<u64>,
+}
+
+impl Noted {
+    pub(super) fn new(client: Option<SocketAddr>) -> Box<Self> {
+        Box::new(Self { client, ..Self::default() })
+    }
+
+    pub(super) fn chosen(
+        &mut self,
+        table: &AllocationTable,
+        selection: &Selection,
+        kept: Option<Kept>,
+        now: allocation::Timestamp,
+    ) {
+        let table = table.side(usize::from(selection.side));
+        let backend = table.backend(selection.index);
+        self.connects = self.connects.saturating_add(1);
+        self.chosen = Some(Chosen {
+            id: backend.id.clone(),
+            address: backend.address,
+            policy: table.policy(),
+            kept,
+            generation: table.generation(),
+            cost: table.cost(selection.index, backend.live.flows_open().saturating_sub(1), now),
+        });
+    }
+
+    pub(super) fn connected(&mut self, took_micros: u64) {
+        self.connect_micros = Some(took_micros);
+    }
+
+    pub(super) fn first_byte(&mut self, took_micros: u64) {
+        self.first_byte_micros = Some(took_micros);
+    }
+
+    pub(super) fn moved(&mut self, moved: Moved) {
+        self.to_client += u64::from(moved.to_client);
+        self.to_backend += u64::from(moved.to_backend);
+    }
+}
+
+impl<I: Io> Worker<I> {
+    /// Hands the line of a flow that has ended to the log. `shed`: the bound at which it ended.
+    pub(super) fn log(&mut self, index: u32, reason: CloseReason, shed: Option<Shed>) {
+        let (Some(log), Some(slot)) = (&self.access_log, self.flows.get_mut(index)) else { return };
+        let Some(noted) = slot.noted.take() else { return };
+        let Noted { client, chosen, connects, to_client, to_backend, connect_micros, first_byte_micros } =
+            *noted;
+        log.write(Record {
+            ended_micros: self.now.micros,
+            worker: self.worker as u16,
+            listener: slot.listener,
+            target: slot.target,
+            protocol: Protocol::Tcp,
+            client,
+            chosen,
+            retries: connects.saturating_sub(1),
+            to_backend,
+            to_client,
+            queue_micros: slot.waited_micros,
+            connect_micros,
+            first_byte_micros,
+            total_micros: self.now.micros.saturating_sub(slot.accepted_micros),
+            end: reason.label(),
+            shed: shed.map(Shed::label),
+        });
+    }
+}
