@@ -22,6 +22,11 @@ const FAMILIES: &[(&str, &str, &[&str])] = &[
     ("trimtab_reports_total", "counter", &["source", "result"]),
     ("trimtab_table_generation", "gauge", &["pool"]),
     ("trimtab_sheds_total", "counter", &["listener", "reason"]),
+    ("trimtab_affinity_total", "counter", &["listener", "result"]),
+    ("trimtab_flows_queued_total", "counter", &["listener"]),
+    ("trimtab_flows_waiting", "gauge", &["listener"]),
+    ("trimtab_access_log_lines_total", "counter", &[]),
+    ("trimtab_access_log_lost_total", "counter", &[]),
     ("trimtab_engine_info", "gauge", &["engine", "reason"]),
     ("trimtab_build_info", "gauge", &["version"]),
 ];

@@ -104,6 +104,7 @@ fn line(at: Duration, pool: &str, policy: &str, decision: &v1::Decision) -> serd
         "no_backend": decision.no_backend,
         "version": decision.version,
         "tried": decision.tried,
+        "kept": decision.kept,
         "eligible": decision.eligible,
         "looks": decision.looks.iter().map(look).collect::<Vec<_>>(),
         "left_out": decision.left_out.iter().map(left_out).collect::<Vec<_>>(),

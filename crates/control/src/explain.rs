@@ -189,6 +189,7 @@ pub(crate) fn wire_decision(
         no_backend: decision.chosen.err().map(|why| why.to_string()).unwrap_or_default(),
         version: side.map(|side| side.version.clone()).unwrap_or_default(),
         tried: u32::from(decision.tried),
+        kept: decision.kept,
         eligible: table.eligible().len() as u32,
         looks: decision.looks.as_slice().iter().map(look).collect(),
         left_out: left_out.collect(),

@@ -257,6 +257,14 @@ fn describe() {
         "Connects that failed and were tried on another resource."
     );
     describe_counter!("trimtab_sheds_total", "Flows refused at a bound, by reason.");
+    describe_counter!(
+        "trimtab_affinity_total",
+        "Selections for a client by affinity: kept where it was, moved from there, or new."
+    );
+    describe_counter!("trimtab_flows_queued_total", "Flows that waited for room in their pool.");
+    describe_gauge!("trimtab_flows_waiting", "Flows that wait for room in their pool now.");
+    describe_counter!("trimtab_access_log_lines_total", "Lines of flows written to the access log.");
+    describe_counter!("trimtab_access_log_lost_total", "Lines of flows that the access log had no room for.");
     describe_gauge!("trimtab_resources", "Resources of a pool, by state.");
     describe_gauge!("trimtab_table_generation", "Generation of a pool's newest allocation table.");
     describe_gauge!("trimtab_weights_held", "1 while a guard holds a pool's weights where they are.");
@@ -311,6 +319,11 @@ fn observe_listener(listener: &ListenerSnapshot) {
     for (reason, count) in &listener.sheds {
         counter!("trimtab_sheds_total", "listener" => name(), "reason" => *reason).absolute(*count);
     }
+    for (result, count) in &listener.affinity {
+        counter!("trimtab_affinity_total", "listener" => name(), "result" => *result).absolute(*count);
+    }
+    counter!("trimtab_flows_queued_total", "listener" => name()).absolute(listener.flows_queued);
+    gauge!("trimtab_flows_waiting", "listener" => name()).set(listener.flows_waiting as f64);
 }
 
 /// Those that were never refused have no series: they are many, and few are ever asked for.
@@ -348,6 +361,8 @@ fn observe_engine(engine: &EngineSnapshot) {
     counter!("trimtab_spliced_bytes_total").absolute(engine.spliced_bytes);
     counter!("trimtab_completion_overflows_total").absolute(engine.completion_overflows);
     counter!("trimtab_ejections_ignored_total").absolute(engine.ejections_ignored);
+    counter!("trimtab_access_log_lines_total").absolute(engine.access_log_written);
+    counter!("trimtab_access_log_lost_total").absolute(engine.access_log_lost);
 }
 
 /// A family with one series for each version of a split pool.

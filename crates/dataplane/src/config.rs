@@ -121,6 +121,11 @@ pub struct ListenerLimits {
     pub new_flows_per_client_per_second: u32,
 }
 
+impl ListenerLimits {
+    /// The largest rate; a larger one means this one.
+    pub const RATE_MAX: u32 = flow::limits::Rate::PER_SECOND_MAX;
+}
+
 /// Bounds. At each there is a defined outcome and a counter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {

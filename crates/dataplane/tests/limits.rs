@@ -43,11 +43,8 @@ fn table(generation: u64, backends: &[(&str, SocketAddr)], flows_max: u32) -> Al
 impl Proxy {
     fn start(table: AllocationTable, knobs: PoolKnobs, tune: impl FnOnce(&mut Config)) -> Self {
         let publisher = Publisher::new(table);
-        let mut listener = ListenerConfig::new(
-            (Ipv4Addr::LOCALHOST, 0).into(),
-            "test".parse().unwrap(),
-            publisher.clone(),
-        );
+        let mut listener =
+            ListenerConfig::new((Ipv4Addr::LOCALHOST, 0).into(), "test".parse().unwrap(), publisher.clone());
         listener.targets[0].share = PoolShare::new(knobs, 1);
         let mut config = Config::new(vec![listener]);
         config.workers = 1;
@@ -336,7 +333,10 @@ fn a_client_is_kept_through_tables_and_restarts() {
     let proxy = Proxy::start(table(1, &all, 0), knobs, |config| config.workers = 2);
     let of_client = |n: u8| served_by(&mut proxy.client_from([127, 0, 0, n]));
     let first: Vec<_> = (10..20).map(of_client).collect();
-    assert!(all.iter().all(|(id, _)| first.iter().any(|name| name == id)), "the policy spreads them: {first:?}");
+    assert!(
+        all.iter().all(|(id, _)| first.iter().any(|name| name == id)),
+        "the policy spreads them: {first:?}"
+    );
     assert_eq!((10..20).map(of_client).collect::<Vec<_>>(), first);
     // Registered anew: other facts, another place. And one restarts on another port.
     let again = [all[2], ("r1", echo("r1")), all[0]];

@@ -23,6 +23,7 @@ use crate::units::{ListenAddress, parse_address, parse_duration};
 use reader::{Reader, Section, boolean, decimal, integer, text};
 
 mod dns;
+mod limits;
 mod notices;
 mod pool;
 mod provider;
@@ -66,6 +67,8 @@ pub struct Config {
     pub dataplane: DataplaneConfig,
     /// A sample of selections, for later looks.
     pub decisions: DecisionsConfig,
+    /// A line for each flow; `None`: there is none.
+    pub access_log: Option<dataplane::AccessLogConfig>,
     /// What resources are told when the balancer goes away.
     pub notices: NoticesConfig,
     /// The file that outlives the process; `None`: nothing does.
@@ -74,6 +77,8 @@ pub struct Config {
     pub pools: Vec<PoolConfig>,
     /// How the resources of each pool are connected to, in the order of `pools`.
     pub connecting: Vec<dataplane::Connecting>,
+    /// How the flows of each pool are limited and kept together, in the order of `pools`.
+    pub pool_knobs: Vec<dataplane::PoolKnobs>,
     /// At least one, each of a pool in `pools`.
     pub listeners: Vec<ListenerConfig>,
     /// Balancers that this one is a resource of.
@@ -190,6 +195,8 @@ pub struct ListenerConfig {
     pub requires: Requirements,
     /// How TCP behaves towards clients.
     pub tcp: dataplane::ListenerTcp,
+    /// How many flows it takes, and how fast.
+    pub limits: dataplane::ListenerLimits,
 }
 
 /// One problem of a configuration file, with its place.
@@ -270,7 +277,8 @@ impl Config {
         let decisions = read_decisions(root.section("decisions"));
         let notices = notices::read(&mut root);
         let store = read_store(root.section("store"));
-        let (pools, connecting) = pool::read(&mut root).unzip();
+        let access_log = limits::access_log(root.section("access_log"));
+        let (pools, told) = pool::read(&mut root).unzip();
         let known = pools.as_deref().filter(|_| !broken);
         let listeners = read_listeners(&mut root, known, &mut bound);
         let upstreams = upstream::read(&mut root, listeners.as_deref().filter(|_| !broken));
@@ -290,6 +298,7 @@ impl Config {
         }
         root.finish(&[]);
         let (pools, listeners) = both?;
+        let (connecting, pool_knobs) = told?.into_iter().unzip();
         Some(Self {
             control,
             security: security.config,
@@ -297,10 +306,12 @@ impl Config {
             http,
             dataplane,
             decisions,
+            access_log,
             notices,
             store,
             pools,
-            connecting: connecting?,
+            connecting,
+            pool_knobs,
             listeners,
             upstreams,
             providers,
@@ -455,6 +466,7 @@ fn read_listeners(
         let pool = section.required("pool", "\"sql\"", text(pool_name));
         let requires = pool::requirements(&mut section);
         let tcp = tcp::read_listener(section.section("tcp"));
+        let limits = limits::of_listener(section.section("limits"));
         if let Some(bind) = &bind {
             bound.claim(section.reader(), "listener.bind", bind.get_ref().0, bind.span().start);
         }
@@ -466,7 +478,7 @@ fn read_listeners(
         match (bind, pool, &mut listeners) {
             (Some(bind), Some(pool), Some(listeners)) => {
                 let (bind, pool) = (bind.into_inner(), pool.into_inner());
-                listeners.push(ListenerConfig { bind, pool, requires, tcp });
+                listeners.push(ListenerConfig { bind, pool, requires, tcp, limits });
             }
             _ => listeners = None,
         }

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use allocation::{AllocationTable, Publisher};
 use control::{Control, ControlConfig, Phase};
-use dataplane::Bound;
+use dataplane::{Bound, PoolShare};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -154,14 +154,17 @@ fn listener_reason(error: &dataplane::StartError) -> String {
 }
 
 fn dataplane_config(config: &Config, pools: &Pools) -> dataplane::Config {
+    // One for each pool, whichever listeners serve it.
+    let shares: Vec<_> = config.pool_knobs.iter().map(|knobs| PoolShare::new(*knobs, random())).collect();
     let listeners = config.listeners.iter().filter_map(|listener| {
         // The configuration was refused if a listener names no pool.
         let table = pools.table(config, listener)?;
         let place = config.pools.iter().position(|pool| pool.name == listener.pool)?;
         let connecting = config.connecting.get(place)?.clone();
-        let target = dataplane::Target { pool: listener.pool.clone(), table, connecting };
-        let tcp = listener.tcp.clone();
-        Some(dataplane::ListenerConfig { bind: listener.bind.0, targets: vec![target], tcp })
+        let share = shares.get(place).cloned().flatten();
+        let target = dataplane::Target { pool: listener.pool.clone(), table, connecting, share };
+        let (tcp, limits) = (listener.tcp.clone(), listener.limits);
+        Some(dataplane::ListenerConfig { bind: listener.bind.0, targets: vec![target], tcp, limits })
     });
     let mut made = dataplane::Config::new(listeners.collect());
     let told = &config.dataplane;
@@ -175,7 +178,14 @@ fn dataplane_config(config: &Config, pools: &Pools) -> dataplane::Config {
     made.sources = told.source_addresses.clone();
     made.engine = told.engine.named();
     made.decision_sample = config.decisions.sample;
+    made.access_log = config.access_log.clone();
     made
+}
+
+/// A number that nobody outside can foresee.
+fn random() -> u64 {
+    use std::hash::{BuildHasher as _, Hasher as _};
+    std::hash::RandomState::new().build_hasher().finish()
 }
 
 fn control_config(

@@ -43,6 +43,9 @@ impl DataplaneView for FakeDataplane {
             connect_retries: 1,
             flows_closed: vec![("done", 14)],
             sheds: vec![("no_backend", 2)],
+            affinity: vec![("kept", 5)],
+            flows_queued: 6,
+            flows_waiting: 1,
             connect_seconds: histogram(&CONNECT_SECONDS),
             flow_seconds: histogram(&FLOW_SECONDS),
         }]

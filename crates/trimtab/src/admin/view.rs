@@ -225,6 +225,8 @@ pub struct DecisionView {
     pub no_backend: String,
     /// The side of a version split that it fell to.
     pub version: String,
+    /// The client had been given it before: affinity decided, not the policy.
+    pub kept: bool,
     /// Resources that were tried for it before.
     pub tried: u32,
     /// Resources that the table had for it.
@@ -276,6 +278,7 @@ impl From<Decision> for DecisionView {
             chosen: decision.chosen,
             no_backend: decision.no_backend,
             version: decision.version,
+            kept: decision.kept,
             tried: decision.tried,
             eligible: decision.eligible,
             looks: decision.looks.into_iter().map(look).collect(),
@@ -719,7 +722,7 @@ fn decision_text(decision: &DecisionView) -> String {
     if decision.tried > 0 {
         let _ = write!(out, ", {} tried before", decision.tried);
     }
-    let _ = writeln!(out, " -> {}", printable(to));
+    let _ = writeln!(out, " -> {}{}", printable(to), if decision.kept { ", kept by affinity" } else { "" });
     for look in &decision.looks {
         let _ = write!(
             out,

@@ -33,15 +33,18 @@ fn the_least_file_takes_every_default() {
             http: loopback(7480),
             dataplane: DataplaneConfig::default(),
             decisions: DecisionsConfig::default(),
+            access_log: None,
             notices: NoticesConfig::default(),
             store: None,
             pools: vec![PoolConfig::new("sql".parse().unwrap(), Policy::Adaptive)],
             connecting: vec![dataplane::Connecting::default()],
+            pool_knobs: vec![dataplane::PoolKnobs::default()],
             listeners: vec![ListenerConfig {
                 bind: "tcp://127.0.0.1:5432".parse().unwrap(),
                 pool: "sql".parse().unwrap(),
                 requires: Requirements::default(),
                 tcp: dataplane::ListenerTcp::default(),
+                limits: dataplane::ListenerLimits::default(),
             }],
             upstreams: Vec::new(),
             providers: Vec::new(),
@@ -78,6 +81,51 @@ fn the_example_has_every_key_at_its_default() {
     let mut present = BTreeSet::new();
     add_keys("", document.get_ref(), &mut present);
     assert_eq!(&present, reader.asked());
+}
+
+#[test]
+fn limits_queues_affinity_and_the_access_log() {
+    let file = "[access_log]\npath = \"-\"\nformat = \"line\"\n\
+        [[pool]]\nname = \"sql\"\nflows_max = 100\naffinity = \"client\"\naffinity_for = \"10m\"\n\
+        [pool.queue]\ndeadline = \"2s\"\n\
+        [[pool]]\nname = \"web\"\naffinity_for = \"1d\"\n[pool.queue]\nlength = 0\n\
+        [[listener]]\nbind = \"tcp://127.0.0.1:5432\"\npool = \"sql\"\n[listener.limits]\nflows = 7\n\
+        flows_per_client = 5\nnew_flows_per_second = 1000\nnew_flows_per_client_per_second = 10\n";
+    let config = Config::parse(file.as_bytes()).expect("a good file");
+    let queue = dataplane::QueueKnobs { length: 1_000, deadline: Duration::from_secs(2) };
+    let affinity = Some(Duration::from_secs(600));
+    assert_eq!(
+        config.pool_knobs,
+        [
+            dataplane::PoolKnobs { flows_max: 100, queue: Some(queue), affinity },
+            dataplane::PoolKnobs::default()
+        ]
+    );
+    let limits = dataplane::ListenerLimits {
+        flows: 7,
+        flows_per_client: 5,
+        new_flows_per_second: 1_000,
+        new_flows_per_client_per_second: 10,
+    };
+    assert_eq!(config.listeners[0].limits, limits);
+    let log = config.access_log.expect("a log");
+    assert_eq!((log.to, log.format), (dataplane::AccessLogTo::Stdout, dataplane::AccessLogFormat::Line));
+
+    let wrong = "[access_log]\nformat = \"xml\"\nrotate = 1\n[[pool]]\nname = \"sql\"\naffinity = \"cookie\"\n\
+        affinity_for = \"0s\"\n[pool.queue]\ndeadline = \"2h\"\n[[listener]]\nbind = \"tcp://127.0.0.1:5432\"\n\
+        pool = \"sql\"\n[listener.limits]\nnew_flows_per_second = 1_000_001\nflows_per_clients = 1\n";
+    let errors = errors(wrong);
+    for expected in [
+        "f:2:10: error: `access_log.format`: there is no format \"xml\"\n  hint: write \"json\" or \"line\"",
+        "f:3:1: error: there is no key `access_log.rotate`",
+        "f:6:12: error: `pool.affinity`: there is no affinity \"cookie\"\n  hint: write \"off\" or \"client\"",
+        "f:7:16: error: `pool.affinity_for`: \"0s\" is out of range\n  hint: write \"1s\" to \"30d\"",
+        "f:9:12: error: `pool.queue.deadline`: \"2h\" is out of range\n  hint: write \"1ms\" to \"1h\"",
+        "f:14:24: error: `listener.limits.new_flows_per_second`: 1_000_001 is out of range",
+        "f:15:1: error: there is no key `listener.limits.flows_per_clients`\n  hint: did you mean `flows_per_client`?",
+    ] {
+        assert!(errors.contains(expected), "{expected}\n{errors}");
+    }
 }
 
 #[test]
