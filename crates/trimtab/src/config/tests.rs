@@ -121,7 +121,7 @@ fn limits_queues_affinity_and_the_access_log() {
         "f:6:12: error: `pool.affinity`: there is no affinity \"cookie\"\n  hint: write \"off\" or \"client\"",
         "f:7:16: error: `pool.affinity_for`: \"0s\" is out of range\n  hint: write \"1s\" to \"30d\"",
         "f:9:12: error: `pool.queue.deadline`: \"2h\" is out of range\n  hint: write \"1ms\" to \"1h\"",
-        "f:14:24: error: `listener.limits.new_flows_per_second`: 1_000_001 is out of range",
+        "f:14:24: error: `listener.limits.new_flows_per_second`: 1000001 is out of range",
         "f:15:1: error: there is no key `listener.limits.flows_per_clients`\n  hint: did you mean `flows_per_client`?",
     ] {
         assert!(errors.contains(expected), "{expected}\n{errors}");
@@ -565,7 +565,7 @@ fn single_errors() {
     for (head, expected) in [
         (
             "colour = 1",
-            "f:1:1: error: there is no key `colour`\n  hint: there are control, http, dataplane, decisions, notices, maintenance, store, pool, listener, upstream, provider, dns\n",
+            "f:1:1: error: there is no key `colour`\n  hint: there are control, http, dataplane, decisions, notices, maintenance, store, access_log, pool, listener, upstream, provider, dns\n",
         ),
         (
             "[[control]]",
