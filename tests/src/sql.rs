@@ -47,7 +47,14 @@ impl SqlClient {
     /// # Errors
     /// When any step of it fails.
     pub fn connect(address: SocketAddr) -> Result<Self, SqlError> {
-        let stream = crate::connect(address).map_err(SqlError::Connect)?;
+        Self::over(crate::connect(address).map_err(SqlError::Connect)?)
+    }
+
+    /// As [`Self::connect`], over a connection that is there.
+    ///
+    /// # Errors
+    /// As that.
+    pub fn over(stream: TcpStream) -> Result<Self, SqlError> {
         stream.set_nodelay(true).map_err(SqlError::Connect)?;
         let mut client = Self(stream);
         let mut start = PROTOCOL.to_be_bytes().to_vec();
