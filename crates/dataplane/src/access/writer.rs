@@ -51,6 +51,14 @@ enum Turn {
     Ended,
 }
 
+/// What was found in the rings.
+struct Gathered {
+    /// All workers have gone.
+    ended: bool,
+    /// A ring had a batch or more: it is not gathered for.
+    more: bool,
+}
+
 impl Writer {
     pub(super) fn open(
         config: &AccessLogConfig,
@@ -96,38 +104,44 @@ impl Writer {
 
     /// Writes what is there, if the log takes it.
     fn turn(&mut self) -> Turn {
-        let mut wrote = false;
         loop {
-            if !self.out.flush() {
+            if !self.flush() {
                 return Turn::Stuck;
             }
-            self.state.written.fetch_add(std::mem::take(&mut self.pending), Relaxed);
-            let ended = self.gather();
+            let Gathered { ended, more } = self.gather();
             if self.text.is_empty() {
-                return match (wrote, ended) {
-                    (true, _) => Turn::Wrote,
-                    (false, true) => Turn::Ended,
-                    (false, false) => Turn::NothingThere,
-                };
+                return if ended { Turn::Ended } else { Turn::NothingThere };
             }
-            wrote = true;
             self.out.push(self.text.as_bytes());
             self.text.clear();
+            if !more {
+                return if self.flush() { Turn::Wrote } else { Turn::Stuck };
+            }
         }
     }
 
-    /// Formats what is in the rings, up to a batch of each; returns whether all workers have gone.
-    fn gather(&mut self) -> bool {
+    /// Writes what is pending; `false`: the log takes no more.
+    fn flush(&mut self) -> bool {
+        let done = self.out.flush();
+        if done {
+            self.state.written.fetch_add(std::mem::take(&mut self.pending), Relaxed);
+        }
+        done
+    }
+
+    /// Formats what is in the rings, up to a batch of each.
+    fn gather(&mut self) -> Gathered {
         let (now, wall) = (self.clock.now(), SystemTime::now());
-        let mut ended = true;
+        let (mut ended, mut more) = (true, false);
         for ring in &self.rings {
-            for _ in 0..BATCH {
+            for n in 1..=BATCH {
                 match ring.try_recv() {
                     Ok(record) => {
                         let ago = Duration::from_micros(now.micros.saturating_sub(record.ended_micros));
                         line::flow(&mut self.text, self.format, &self.names, wall - ago, &record);
                         self.pending += 1;
                         ended = false;
+                        more |= n == BATCH;
                     }
                     Err(TryRecvError::Empty) => {
                         ended = false;
@@ -142,7 +156,7 @@ impl Writer {
             line::lost(&mut self.text, self.format, wall, lost - self.lost_said);
             self.lost_said = lost;
         }
-        ended
+        Gathered { ended, more }
     }
 
     /// Sleeps until a record comes.
