@@ -124,6 +124,15 @@ pub struct ListenerSnapshot {
     pub flow_seconds: HistogramSnapshot,
 }
 
+/// What the kernel refused connections to the resources of a pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OptionsRefused {
+    /// The pool.
+    pub pool: String,
+    /// By option: a closed set of words.
+    pub counts: Vec<(&'static str, u64)>,
+}
+
 /// The engine that moves the bytes, and what it holds.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct EngineSnapshot {
@@ -160,6 +169,10 @@ pub trait DataplaneView: Send + Sync {
     fn listeners(&self) -> Vec<ListenerSnapshot>;
     /// The engine.
     fn engine(&self) -> EngineSnapshot;
+    /// Options that connections to resources went without, by pool. None where there are no options.
+    fn options_refused(&self) -> Vec<OptionsRefused> {
+        Vec::new()
+    }
     /// The newest selections, newest first, at most so many. Those by large tables are kept in smaller number.
     fn decisions(&self, last: usize) -> Vec<Decision>;
     /// The sampled selections since the last call, oldest first, and how many of them found no room and are lost.

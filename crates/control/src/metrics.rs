@@ -7,7 +7,7 @@
 mod provider;
 
 use ::metrics::{Counter, counter, describe_counter, describe_gauge, gauge, with_local_recorder};
-use allocation::telemetry::{EngineSnapshot, HistogramSnapshot, ListenerSnapshot};
+use allocation::telemetry::{EngineSnapshot, HistogramSnapshot, ListenerSnapshot, OptionsRefused};
 pub(crate) use formats::Exposition as Text;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use registry::{PoolStatus, ResourceState, ResourceStatus, VersionStatus};
@@ -183,6 +183,7 @@ impl Metrics {
             listeners.iter().for_each(observe_listener);
             pools.iter().for_each(observe_pool);
             observe_engine(&shared.dataplane.engine());
+            shared.dataplane.options_refused().iter().for_each(observe_options_refused);
             let (bytes, refused) = shared.registry.history_usage();
             gauge!("trimtab_history_bytes").set(bytes as f64);
             counter!("trimtab_history_samples_dropped_total").absolute(refused);
@@ -270,6 +271,10 @@ fn describe() {
         "trimtab_spliced_bytes_total",
         "Bytes moved in the kernel, without passing through a buffer."
     );
+    describe_counter!(
+        "trimtab_options_refused_total",
+        "Options of [pool.tcp] that the kernel refused a connection to a resource, which went without."
+    );
     describe_counter!("trimtab_buffer_waits_total", "Times that a receive found no buffer and had to wait.");
     describe_counter!(
         "trimtab_completion_overflows_total",
@@ -305,6 +310,14 @@ fn observe_listener(listener: &ListenerSnapshot) {
     }
     for (reason, count) in &listener.sheds {
         counter!("trimtab_sheds_total", "listener" => name(), "reason" => *reason).absolute(*count);
+    }
+}
+
+/// Those that were never refused have no series: they are many, and few are ever asked for.
+fn observe_options_refused(refused: &OptionsRefused) {
+    for (option, count) in refused.counts.iter().filter(|(_, count)| *count > 0) {
+        let pool = refused.pool.clone();
+        counter!("trimtab_options_refused_total", "pool" => pool, "option" => *option).absolute(*count);
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use allocation::{PoolName, Publisher};
 
 use crate::engine::Engine;
+use crate::tcp::{ListenerTcp, TcpOptions};
 
 /// All of it.
 #[derive(Debug, Clone)]
@@ -18,8 +19,8 @@ pub struct Config {
     pub limits: Limits,
     /// Times.
     pub timeouts: Timeouts,
-    /// Addresses to connect to backends from, in turn; empty: as the kernel routes. Each brings some 28,000 ports for
-    /// each backend.
+    /// Addresses to connect to backends from, in turn, for pools that name none ([`Connecting::sources`]); empty: as the
+    /// kernel routes. Each brings some 28,000 ports for each backend.
     pub sources: Vec<IpAddr>,
     /// What moves the bytes; `None`: the best that works here.
     pub engine: Option<Engine>,
@@ -49,12 +50,15 @@ pub struct ListenerConfig {
     pub bind: SocketAddr,
     /// Whom its flows are given to: the first is the default, and there is one at least.
     pub targets: Vec<Target>,
+    /// How TCP behaves towards clients.
+    pub tcp: ListenerTcp,
 }
 
 impl ListenerConfig {
     /// A listener whose flows go to one pool.
     pub fn new(bind: SocketAddr, pool: PoolName, table: Publisher) -> Self {
-        Self { bind, targets: vec![Target { pool, table }] }
+        let connecting = Connecting::default();
+        Self { bind, targets: vec![Target { pool, table, connecting }], tcp: ListenerTcp::default() }
     }
 
     /// The pool that gets what nothing else is said of.
@@ -70,6 +74,23 @@ pub struct Target {
     pub pool: PoolName,
     /// Its table.
     pub table: Publisher,
+    /// How its backends are connected to. Alike wherever the pool is a target.
+    pub connecting: Connecting,
+}
+
+/// How the backends of a pool are connected to.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Connecting {
+    /// How TCP behaves.
+    pub options: TcpOptions,
+    /// Whether the client's first bytes may go with the SYN (RFC 7413), where they are there before a backend is connected
+    /// to. Then a backend that cannot be reached resets the flow, for the bytes are gone; no other is tried.
+    pub fast_open: bool,
+    /// Own addresses to connect from, in turn; empty: [`Config::sources`].
+    pub sources: Vec<IpAddr>,
+    /// Connect from the client's address (`IP_TRANSPARENT`, `ip(7)`): needs `CAP_NET_ADMIN`, and routes that bring the
+    /// answers back here.
+    pub transparent: bool,
 }
 
 /// Bounds. At each there is a defined outcome and a counter.

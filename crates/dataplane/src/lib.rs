@@ -35,8 +35,11 @@ mod pipes;
 mod run;
 mod slots;
 mod stats;
+mod tcp;
+mod towards;
 mod worker;
 
-pub use config::{Config, Limits, ListenerConfig, Target, Timeouts};
+pub use config::{Config, Connecting, Limits, ListenerConfig, Target, Timeouts};
 pub use engine::{Engine, ProbeError};
 pub use run::{Bound, Dataplane, StartError, WorkerFailed, bind};
+pub use tcp::{KeepaliveOptions, Knob, ListenerTcp, Refused, TcpOptions};

@@ -4,43 +4,49 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
-use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use std::time::Duration;
 
-use crate::config::Timeouts;
+use socket2::{Domain, Socket};
 
-/// Connections that may wait to be accepted; the kernel takes at most `net.core.somaxconn`.
-const BACKLOG: i32 = 4_096;
+use crate::tcp::{ListenError, ListenerTcp, listening_socket};
 
 /// Opens `workers` listening sockets on one address. With port 0 all get the port that the first was given.
 pub(crate) fn listen(
     bind: SocketAddr,
     workers: usize,
-    timeouts: &Timeouts,
-) -> io::Result<(SocketAddr, Vec<OwnedFd>)> {
+    tcp: &ListenerTcp,
+    keepalive: Option<Duration>,
+) -> Result<(SocketAddr, Vec<OwnedFd>), ListenError> {
+    let open = |bind, shared| open(bind, tcp, keepalive, shared);
     if bind.port() != 0 {
         // A port that somebody else holds with SO_REUSEPORT as well would be shared with them without a word, and only a
         // listening socket notices one that listens already: ask for the port without sharing first.
-        open(bind, timeouts, false)?.listen(1)?;
+        open(bind, false)?.listen(1)?;
     }
     // One socket alone is found faster than a group of one.
     let shared = workers > 1;
-    let first = open(bind, timeouts, shared)?;
+    let first = open(bind, shared)?;
     let address = first.local_addr()?.as_socket().unwrap_or(bind);
     let mut sockets = vec![OwnedFd::from(first)];
     for _ in 1..workers {
-        sockets.push(open(address, timeouts, true)?.into());
+        sockets.push(open(address, true)?.into());
     }
     Ok((address, sockets))
 }
 
 /// Starts accepting. Bound sockets refuse connections until then.
-pub(crate) fn start(socket: &OwnedFd) -> io::Result<()> {
-    rustix::net::listen(socket, BACKLOG)?;
+pub(crate) fn start(socket: &OwnedFd, backlog: u16) -> io::Result<()> {
+    rustix::net::listen(socket, backlog.into())?;
     Ok(())
 }
 
-fn open(bind: SocketAddr, timeouts: &Timeouts, shared: bool) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(bind), Type::STREAM, Some(Protocol::TCP))?;
+fn open(
+    bind: SocketAddr,
+    tcp: &ListenerTcp,
+    keepalive: Option<Duration>,
+    shared: bool,
+) -> Result<Socket, ListenError> {
+    let socket = listening_socket(Domain::for_address(bind), tcp, keepalive)?;
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(shared)?;
     if bind.is_ipv6() {
@@ -49,16 +55,8 @@ fn open(bind: SocketAddr, timeouts: &Timeouts, shared: bool) -> io::Result<Socke
     }
     // Drained of waiting connections with plain accepts when the worker stops: these must not block.
     socket.set_nonblocking(true)?;
-    // Accepted sockets inherit both: no system call for each connection.
+    // Accepted sockets inherit it, as they do keepalive: no system call for each connection.
     socket.set_tcp_nodelay(true)?;
-    if let Some(idle) = timeouts.keepalive {
-        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(idle).with_interval(probe_interval(idle)))?;
-    }
     socket.bind(&bind.into())?;
     Ok(socket)
-}
-
-/// How far keepalive probes are apart: a tenth of the silence before them, a second at least.
-pub(crate) fn probe_interval(idle: std::time::Duration) -> std::time::Duration {
-    (idle / 10).max(std::time::Duration::from_secs(1))
 }

@@ -1,5 +1,6 @@
 //! Binding, starting, draining and ending: the life of the dataplane as the binary sees it.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
@@ -9,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use allocation::PoolName;
 use allocation::telemetry::DataplaneView;
 use flow::Tuning;
 use rustix::event::{EventfdFlags, eventfd};
@@ -17,13 +19,15 @@ use rustix::thread::{CpuSet, sched_getaffinity};
 use uring::{Ring, SetupError};
 
 use crate::clock::Clock;
-use crate::config::{Config, Limits};
+use crate::config::{Config, Limits, Target};
 use crate::engine::{Engine, Epoll, ProbeError, TokioUring, choose};
 use crate::io::Io;
 use crate::listen;
 use crate::pipes::PIPES_MAX;
 use crate::stats::{Stats, WorkerStats};
-use crate::worker::{Worker, WorkerSetup};
+use crate::tcp::{ListenError, Refused};
+use crate::towards::Towards;
+use crate::worker::{ListenerSetup, TargetSetup, Worker, WorkerSetup};
 
 /// Descriptors kept back from flows for rings, listeners, control, files; and for each worker's pipes.
 const DESCRIPTORS_RESERVED: u64 = 128;
@@ -48,6 +52,22 @@ pub enum StartError {
         address: SocketAddr,
         /// The kernel's answer.
         source: io::Error,
+    },
+    /// A listener cannot have one of its knobs.
+    #[error("listener tcp://{address}: tcp.{refused}")]
+    Listener {
+        /// Which.
+        address: SocketAddr,
+        /// What.
+        refused: Refused,
+    },
+    /// Backends of a pool cannot be connected to as they should.
+    #[error("pool {pool}: {refused}")]
+    Pool {
+        /// Which.
+        pool: PoolName,
+        /// What.
+        refused: Refused,
     },
     /// A source address is not one of this host's.
     #[error("cannot connect from {address} (source_addresses): {source}; is it an address of this host?")]
@@ -103,6 +123,8 @@ pub struct Bound {
     addresses: Vec<SocketAddr>,
     /// By listener, then by worker.
     sockets: Vec<Vec<OwnedFd>>,
+    /// One for each pool.
+    towards: Vec<Arc<Towards>>,
     stats: Arc<Stats>,
     clock: Clock,
 }
@@ -162,19 +184,16 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
     let mut addresses = Vec::new();
     let mut sockets = Vec::new();
     for listener in &config.listeners {
-        match listen::listen(listener.bind, workers, &config.timeouts) {
+        match listen::listen(listener.bind, workers, &listener.tcp, config.timeouts.keepalive) {
             Ok((address, bound)) => {
                 addresses.push(address);
                 sockets.push(bound);
             }
-            Err(source) => errors.push(bind_error(listener.bind, source)),
+            Err(error) => errors.push(listen_error(listener.bind, error)),
         }
     }
-    for &address in &config.sources {
-        if let Err(source) = TcpListener::bind((address, 0)) {
-            errors.push(StartError::Source { address, source });
-        }
-    }
+    let towards = towards(&config);
+    errors.extend(try_out(&towards, &config.sources));
     let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     if descriptors_reserved(workers) + 2 > descriptors {
         errors.push(StartError::Descriptors { limit: descriptors });
@@ -187,10 +206,20 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
             .collect(),
         engine,
         buffer_bytes: AtomicU64::new(0),
+        towards: towards.clone(),
     };
     // Pinning fewer workers than cores would only forbid the scheduler to keep them apart from other work.
     let pin = if workers == cores.len() { cores } else { Vec::new() };
-    Ok(Bound { config, workers, pin, addresses, sockets, stats: Arc::new(stats), clock: Clock::start() })
+    Ok(Bound {
+        config,
+        workers,
+        pin,
+        addresses,
+        sockets,
+        towards,
+        stats: Arc::new(stats),
+        clock: Clock::start(),
+    })
 }
 
 impl Bound {
@@ -256,6 +285,11 @@ impl Bound {
         let limits = self.config.limits;
         let flows_max = flows_max(&limits, self.workers);
         let listeners = self.sockets.iter_mut().zip(&self.config.listeners);
+        let towards = &self.towards;
+        let target_setup = |target: &Target| {
+            let towards = towards.iter().find(|towards| *towards.pool() == target.pool)?;
+            Some(TargetSetup { reader: target.table.reader(), towards: Arc::clone(towards) })
+        };
         WorkerSetup {
             worker,
             core: self.pin.get(worker).copied(),
@@ -264,7 +298,11 @@ impl Bound {
             stats: Arc::clone(&self.stats.workers[worker]),
             buffer_bytes: Arc::clone(&self.stats),
             listeners: listeners
-                .map(|(sockets, l)| (sockets.remove(0), l.targets.iter().map(|t| t.table.reader()).collect()))
+                .map(|(sockets, l)| ListenerSetup {
+                    socket: sockets.remove(0),
+                    backlog: l.tcp.backlog,
+                    targets: l.targets.iter().filter_map(target_setup).collect(),
+                })
                 .collect(),
             flows_max,
             buffers_max: if limits.buffers_max == 0 {
@@ -272,8 +310,6 @@ impl Bound {
             } else {
                 limits.buffers_max
             },
-            keepalive: self.config.timeouts.keepalive,
-            sources: self.config.sources.clone(),
             tuning: Tuning {
                 connect_timeout: self.config.timeouts.connect,
                 idle_timeout: self.config.timeouts.idle,
@@ -370,11 +406,43 @@ const fn instead(engine: Engine) -> &'static str {
     }
 }
 
-fn bind_error(address: SocketAddr, source: io::Error) -> StartError {
-    match source.kind() {
-        io::ErrorKind::AddrInUse => StartError::AddressInUse { address },
-        _ => StartError::Bind { address, source },
+fn listen_error(address: SocketAddr, error: ListenError) -> StartError {
+    match error {
+        ListenError::Refused(refused) => StartError::Listener { address, refused },
+        ListenError::Io(source) if source.kind() == io::ErrorKind::AddrInUse => {
+            StartError::AddressInUse { address }
+        }
+        ListenError::Io(source) => StartError::Bind { address, source },
     }
+}
+
+/// What holds towards each pool that is a target.
+fn towards(config: &Config) -> Vec<Arc<Towards>> {
+    let mut all: Vec<Arc<Towards>> = Vec::new();
+    for target in config.listeners.iter().flat_map(|listener| &listener.targets) {
+        if !all.iter().any(|towards| *towards.pool() == target.pool) {
+            let (pool, connecting) = (target.pool.clone(), target.connecting.clone());
+            let towards = Towards::new(pool, connecting, &config.sources, config.timeouts.keepalive);
+            all.push(Arc::new(towards));
+        }
+    }
+    all
+}
+
+/// What no backend could be connected with.
+fn try_out(towards: &[Arc<Towards>], sources: &[IpAddr]) -> Vec<StartError> {
+    let refused = |towards: &Arc<Towards>| {
+        let refused = towards.try_out().err()?;
+        Some(StartError::Pool { pool: towards.pool().clone(), refused })
+    };
+    let mut errors: Vec<_> = towards.iter().filter_map(refused).collect();
+    let sources: BTreeSet<IpAddr> =
+        sources.iter().copied().chain(towards.iter().flat_map(|towards| towards.all_sources())).collect();
+    errors.extend(sources.into_iter().filter_map(|address| {
+        let source = TcpListener::bind((address, 0)).err()?;
+        Some(StartError::Source { address, source })
+    }));
+    errors
 }
 
 fn descriptors_reserved(workers: usize) -> u64 {

@@ -6,12 +6,14 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use allocation::telemetry::{
     CONNECT_SECONDS, Counter, DataplaneView, EngineSnapshot, FLOW_SECONDS, Histogram, ListenerSnapshot,
+    OptionsRefused,
 };
 use allocation::{Decision, PoolName};
 use flow::CloseReason;
 
 use crate::decisions::Decisions;
 use crate::engine::Chosen;
+use crate::towards::Towards;
 
 /// Why a flow was refused at a bound. A closed set: each is a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,10 +28,13 @@ pub(crate) enum Shed {
     Memory,
     /// Somebody is ready, but nobody who meets what the listener requires.
     Requirement,
+    /// Backends cannot be connected to as the pool wants: from the client's address, or with its mark.
+    Source,
 }
 
 impl Shed {
-    const ALL: [Self; 5] = [Self::Flows, Self::Descriptors, Self::Ports, Self::Memory, Self::Requirement];
+    const ALL: [Self; 6] =
+        [Self::Flows, Self::Descriptors, Self::Ports, Self::Memory, Self::Requirement, Self::Source];
 
     const fn label(self) -> &'static str {
         match self {
@@ -38,6 +43,7 @@ impl Shed {
             Self::Ports => "ports",
             Self::Memory => "memory",
             Self::Requirement => "requirement",
+            Self::Source => "source",
         }
     }
 }
@@ -123,6 +129,8 @@ pub(crate) struct Stats {
     pub(crate) engine: Chosen,
     /// Bytes of one receive buffer, once the workers run.
     pub(crate) buffer_bytes: AtomicU64,
+    /// One for each pool.
+    pub(crate) towards: Vec<Arc<Towards>>,
 }
 
 impl Stats {
@@ -180,6 +188,14 @@ impl DataplaneView for Stats {
             completion_overflows: self.sum(|w| w.completion_overflows.read()),
             ejections_ignored: self.sum(|w| w.ejections_ignored.read()),
         }
+    }
+
+    fn options_refused(&self) -> Vec<OptionsRefused> {
+        let of = |towards: &Arc<Towards>| OptionsRefused {
+            pool: towards.pool().to_string(),
+            counts: towards.refusals.counts().collect(),
+        };
+        self.towards.iter().map(of).collect()
     }
 
     fn decisions(&self, last: usize) -> Vec<Decision> {

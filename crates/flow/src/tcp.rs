@@ -486,6 +486,11 @@ impl Flow {
         self.phase == Phase::Closed
     }
 
+    /// Whether a connect is under way and may go on: it has not taken too long.
+    pub fn awaits_connect(&self) -> bool {
+        self.phase == Phase::Connecting && !self.cancelling_connect
+    }
+
     /// Whether a backend is connected and neither side is gone.
     pub fn is_open(&self) -> bool {
         self.phase == Phase::Open

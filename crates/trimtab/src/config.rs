@@ -20,7 +20,7 @@ use toml::de::DeTable;
 
 use crate::problem::{Problem, nearest};
 use crate::units::{ListenAddress, parse_address, parse_duration};
-use reader::{Reader, Section, boolean, decimal, integer, text, texts};
+use reader::{Reader, Section, boolean, decimal, integer, text};
 
 mod dns;
 mod notices;
@@ -29,6 +29,7 @@ mod provider;
 mod pull;
 mod reader;
 mod security;
+mod tcp;
 mod upstream;
 
 pub use notices::NoticesConfig;
@@ -71,6 +72,8 @@ pub struct Config {
     pub store: Option<PathBuf>,
     /// At least one.
     pub pools: Vec<PoolConfig>,
+    /// How the resources of each pool are connected to, in the order of `pools`.
+    pub connecting: Vec<dataplane::Connecting>,
     /// At least one, each of a pool in `pools`.
     pub listeners: Vec<ListenerConfig>,
     /// Balancers that this one is a resource of.
@@ -185,6 +188,8 @@ pub struct ListenerConfig {
     pub pool: PoolName,
     /// What a resource must meet beyond the pool's own requirement.
     pub requires: Requirements,
+    /// How TCP behaves towards clients.
+    pub tcp: dataplane::ListenerTcp,
 }
 
 /// One problem of a configuration file, with its place.
@@ -265,7 +270,7 @@ impl Config {
         let decisions = read_decisions(root.section("decisions"));
         let notices = notices::read(&mut root);
         let store = read_store(root.section("store"));
-        let pools = pool::read(&mut root);
+        let (pools, connecting) = pool::read(&mut root).unzip();
         let known = pools.as_deref().filter(|_| !broken);
         let listeners = read_listeners(&mut root, known, &mut bound);
         let upstreams = upstream::read(&mut root, listeners.as_deref().filter(|_| !broken));
@@ -295,6 +300,7 @@ impl Config {
             notices,
             store,
             pools,
+            connecting: connecting?,
             listeners,
             upstreams,
             providers,
@@ -385,10 +391,7 @@ fn read_dataplane(mut section: Section<'_, '_>) -> DataplaneConfig {
         idle_timeout: or(section.value("idle_timeout", text(zero_disables)), default.idle_timeout),
         keepalive: or(section.value("keepalive", text(keepalive)), default.keepalive),
         drain_timeout: or(section.value("drain_timeout", text(parse_duration)), default.drain_timeout),
-        source_addresses: or(
-            section.value("source_addresses", texts(parse_source_address)),
-            default.source_addresses,
-        ),
+        source_addresses: tcp::source_addresses(&mut section),
     };
     section.finish(&[]);
     read
@@ -451,6 +454,7 @@ fn read_listeners(
         let bind = section.required("bind", "\"tcp://0.0.0.0:5432\"", text(ListenAddress::from_str));
         let pool = section.required("pool", "\"sql\"", text(pool_name));
         let requires = pool::requirements(&mut section);
+        let tcp = tcp::read_listener(section.section("tcp"));
         if let Some(bind) = &bind {
             bound.claim(section.reader(), "listener.bind", bind.get_ref().0, bind.span().start);
         }
@@ -461,7 +465,8 @@ fn read_listeners(
         }
         match (bind, pool, &mut listeners) {
             (Some(bind), Some(pool), Some(listeners)) => {
-                listeners.push(ListenerConfig { bind: bind.into_inner(), pool: pool.into_inner(), requires });
+                let (bind, pool) = (bind.into_inner(), pool.into_inner());
+                listeners.push(ListenerConfig { bind, pool, requires, tcp });
             }
             _ => listeners = None,
         }

@@ -157,7 +157,11 @@ fn dataplane_config(config: &Config, pools: &Pools) -> dataplane::Config {
     let listeners = config.listeners.iter().filter_map(|listener| {
         // The configuration was refused if a listener names no pool.
         let table = pools.table(config, listener)?;
-        Some(dataplane::ListenerConfig::new(listener.bind.0, listener.pool.clone(), table))
+        let place = config.pools.iter().position(|pool| pool.name == listener.pool)?;
+        let connecting = config.connecting.get(place)?.clone();
+        let target = dataplane::Target { pool: listener.pool.clone(), table, connecting };
+        let tcp = listener.tcp.clone();
+        Some(dataplane::ListenerConfig { bind: listener.bind.0, targets: vec![target], tcp })
     });
     let mut made = dataplane::Config::new(listeners.collect());
     let told = &config.dataplane;

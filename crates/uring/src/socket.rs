@@ -1,4 +1,4 @@
-//! The one socket option that no safe library sets.
+//! The socket options that no safe library sets.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -6,17 +6,52 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 /// Leaves the choice of the local port to `connect(2)` after a `bind(2)` to an address with port 0
 /// (`IP_BIND_ADDRESS_NO_PORT`, `ip(7)`, Linux 4.2; it serves IPv6 sockets too). Without it each source address has one
 /// pool of ports for all destinations together; with it, one for each destination.
+///
+/// # Errors
+/// As `setsockopt(2)`.
 pub fn bind_address_no_port(socket: BorrowedFd<'_>) -> io::Result<()> {
-    let on: libc::c_int = 1;
-    // SAFETY: the option takes an int, and is given a pointer to one with its size; the kernel copies it before the call
-    // returns. The descriptor is open: it is borrowed.
+    set(socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)
+}
+
+/// Accepts a connection only when its first bytes are there, or after `seconds` (`TCP_DEFER_ACCEPT`, `tcp(7)`; the kernel
+/// counts in retransmissions of its SYN-ACK and rounds up).
+///
+/// # Errors
+/// As `setsockopt(2)`.
+pub fn defer_accept(listener: BorrowedFd<'_>, seconds: u16) -> io::Result<()> {
+    set(listener, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, seconds.into())
+}
+
+/// Takes bytes that come with a SYN, of at most `waiting` connections whose handshake is not complete (`TCP_FASTOPEN`,
+/// `tcp(7)`, RFC 7413). Without bit 2 of `net.ipv4.tcp_fastopen` it does nothing.
+///
+/// # Errors
+/// As `setsockopt(2)`; `EINVAL` for a socket that is connected.
+pub fn fast_open(listener: BorrowedFd<'_>, waiting: u16) -> io::Result<()> {
+    set(listener, libc::IPPROTO_TCP, libc::TCP_FASTOPEN, waiting.into())
+}
+
+/// Sends the first bytes with the SYN where the peer gave us a cookie for that before (`TCP_FASTOPEN_CONNECT`, Linux 4.11,
+/// RFC 7413). `connect(2)` then succeeds at once and sends nothing: the first `send(2)` does, until which the socket cannot
+/// be received from (`ENOTCONN`), and what goes wrong with connecting comes from sending and receiving.
+///
+/// # Errors
+/// As `setsockopt(2)`; `EOPNOTSUPP` without bit 1 of `net.ipv4.tcp_fastopen`.
+pub fn fast_open_connect(socket: BorrowedFd<'_>) -> io::Result<()> {
+    set(socket, libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT, 1)
+}
+
+/// Options whose value is an int.
+fn set(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    // SAFETY: the options of this module take an int, and are given a pointer to one with its size; the kernel copies it
+    // before the call returns. The descriptor is open: it is borrowed.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
-            libc::IPPROTO_IP,
-            libc::IP_BIND_ADDRESS_NO_PORT,
-            std::ptr::from_ref(&on).cast(),
-            size_of_val(&on) as libc::socklen_t,
+            level,
+            name,
+            std::ptr::from_ref(&value).cast(),
+            size_of_val(&value) as libc::socklen_t,
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

@@ -11,7 +11,7 @@ use rustix::net::sockopt;
 use uring::{Completion, EnterError, Op, Token};
 
 use super::connect::local_failure;
-use super::slot::{FlowSlot, Moved, Nodelay};
+use super::slot::{FlowSlot, Moved, Nodelay, Sources, Syn};
 use super::{ACCEPT_REST, Worker};
 use crate::io::Io;
 use crate::stats::Shed;
@@ -88,6 +88,8 @@ impl<I: Io> Worker<I> {
             backend: None,
             pipes: None,
             open: None,
+            sources: Sources::default(),
+            syn: Syn::Plain,
             tried: Vec::new(),
             armed_for: Timestamp::NEVER,
             accepted_micros: self.now.micros,

@@ -5,16 +5,18 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use allocation::{
-    AllocationTable, BackendIndex, Decision, Excluded, FlowKey, LiveFacts, NoBackend, Selection,
+    AllocationTable, BackendIndex, Decision, Excluded, FlowKey, LiveFacts, NoBackend, Selection, Timestamp,
 };
-use flow::{CloseReason, Input, Side};
+use flow::{CloseReason, Input, Shot, Side, Tuning};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use uring::{EnterError, Op};
 
 use super::Worker;
+use super::slot::{FlowSlot, Sources, Syn, Target};
 use crate::io::Io;
 use crate::stats::Shed;
+use crate::tcp;
+use crate::towards::{ANY_SOURCE, SocketError, Spent, Towards};
 
 impl<I: Io> Worker<I> {
     /// Selects a backend that the flow has not tried and connects to it.
@@ -44,9 +46,16 @@ impl<I: Io> Worker<I> {
         let address = table.backend(chosen).address;
         let asked_micros = self.now.micros;
         let Some(slot) = self.flows.get_mut(index) else { return Ok(()) };
+        let pool = &mut self.listeners[usize::from(listener)].targets[usize::from(target)];
         slot.open = Some(open);
         slot.asked_micros = asked_micros;
-        match self.backend_socket(&address) {
+        slot.sources = pool.sources(&address);
+        self.connect_to(index, address)
+    }
+
+    /// Connects to the backend that was selected, from the next source address.
+    fn connect_to(&mut self, index: u32, address: SocketAddr) -> Result<(), EnterError> {
+        match self.backend_socket(index, address) {
             Ok(socket) => {
                 if let Some(slot) = self.flows.get_mut(index) {
                     slot.backend = Some(socket);
@@ -55,11 +64,39 @@ impl<I: Io> Worker<I> {
                     ring.connect(socket, &address, token)
                 })
             }
-            Err(error) => {
-                self.shed_connecting(index, local_failure(error.raw_os_error()).unwrap_or(Shed::Memory));
+            Err(NoSocket::ForThisBackend(shed)) => {
+                self.count_failed_connect(index, Ok(shed));
+                self.followups.push_back(Input::ConnectFailed);
+                Ok(())
+            }
+            Err(NoSocket::AtAll(shed)) => {
+                self.shed_connecting(index, shed);
                 Ok(())
             }
         }
+    }
+
+    /// No port was left: connects to the same backend from another source address. False: there is none.
+    pub(super) fn connect_from_another(&mut self, index: u32) -> Result<bool, EnterError> {
+        let Some(slot) = self.flows.get_mut(index) else { return Ok(false) };
+        let target = &mut self.listeners[usize::from(slot.listener)].targets[usize::from(slot.target)];
+        let selected = slot.open.as_ref().and_then(|open| target.address_of(open.live()));
+        let Some(address) = selected else { return Ok(false) };
+        // Of a client there is one address, and it is nobody else's.
+        if !target.towards.is_transparent() {
+            let bound = slot.backend.as_ref().and_then(|socket| rustix::net::getsockname(socket).ok());
+            let bound = bound.and_then(|bound| SocketAddr::try_from(bound).ok());
+            let source = bound.map(|bound| bound.ip()).filter(|ip| !ip.is_unspecified());
+            target.spent.note(address, source.unwrap_or(ANY_SOURCE), self.now.timestamp());
+        }
+        if slot.sources.left == 0 || !slot.flow.awaits_connect() {
+            return Ok(false);
+        }
+        if let Some(failed) = slot.backend.take() {
+            self.ring.close(failed)?;
+        }
+        self.connect_to(index, address)?;
+        Ok(true)
     }
 
     /// Keeps the selection for whoever asks why.
@@ -97,33 +134,165 @@ impl<I: Io> Worker<I> {
         self.followups.push_back(Input::Abort(CloseReason::Exhausted));
     }
 
-    pub(super) fn backend_socket(&mut self, address: &SocketAddr) -> rustix::io::Result<OwnedFd> {
-        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-        let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-        if let Some(source) = self.next_source(address) {
-            let _ = uring::bind_address_no_port(socket.as_fd());
-            rustix::net::bind(&socket, &SocketAddr::new(source, 0))?;
+    fn backend_socket(&mut self, index: u32, address: SocketAddr) -> Result<OwnedFd, NoSocket> {
+        let now = self.now.timestamp();
+        let Some(slot) = self.flows.get_mut(index) else { return Err(NoSocket::AtAll(Shed::Memory)) };
+        let Target { towards, spent, .. } =
+            &mut self.listeners[usize::from(slot.listener)].targets[usize::from(slot.target)];
+        let sources = towards.sources(&address);
+        let mut source = None;
+        if !sources.is_empty() {
+            source = Some(rested(&mut slot.sources, sources, spent, address, now)?);
+        } else if spent.rests(address, ANY_SOURCE, now) {
+            return Err(NoSocket::ForThisBackend(Shed::Ports));
         }
+        let socket = towards.socket(address.is_ipv6())?;
+        if towards.is_transparent() {
+            bind_as(&socket, slot.client.as_ref(), &address)?;
+        }
+        while let Some(from) = source {
+            let _ = uring::bind_address_no_port(socket.as_fd());
+            match rustix::net::bind(&socket, &SocketAddr::new(from, 0)) {
+                Ok(()) => break,
+                // It is no longer an address of this host, or has no port left for anybody.
+                Err(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE) => {
+                    spent.note(address, from, now);
+                    source = Some(rested(&mut slot.sources, sources, spent, address, now)?);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        slot.syn = match towards.fast_open() {
+            true => send_syn_with_bytes(&socket, slot.client.as_ref(), towards, &self.tuning),
+            false => Syn::Plain,
+        };
         Ok(socket)
     }
 
-    /// The next source address of the backend's family.
-    pub(super) fn next_source(&mut self, address: &SocketAddr) -> Option<IpAddr> {
-        let fitting = self.sources.iter().filter(|source| source.is_ipv4() == address.is_ipv4());
-        let count = fitting.clone().count();
-        if count == 0 {
-            return None;
+    // --- Bytes with the SYN -----------------------------------------------------------------------------------------
+
+    /// Keeps a receive back until there is a connection to receive from. False: there is.
+    pub(super) fn recv_waits(&mut self, index: u32, shot: Shot) -> bool {
+        match self.flows.get_mut(index) {
+            Some(FlowSlot { syn: Syn::Unsent(waiting), .. }) => {
+                *waiting = Some(shot);
+                true
+            }
+            _ => false,
         }
-        self.source_turn = self.source_turn.wrapping_add(1);
-        fitting.copied().nth(self.source_turn % count)
     }
+
+    pub(super) fn take_waiting_recv(&mut self, index: u32) -> Option<Shot> {
+        match self.flows.get_mut(index) {
+            Some(FlowSlot { syn: Syn::Unsent(waiting), .. }) => waiting.take(),
+            _ => None,
+        }
+    }
+
+    /// Bytes were sent, and with the first of them the SYN.
+    pub(super) fn syn_is_sent(&mut self, index: u32) -> Result<(), EnterError> {
+        let Some(slot) = self.flows.get_mut(index) else { return Ok(()) };
+        let Syn::Unsent(waiting) = slot.syn else { return Ok(()) };
+        slot.syn = Syn::Sent;
+        match waiting.filter(|_| !slot.flow.is_closed()) {
+            Some(shot) => self.recv(index, Side::Backend, shot),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Target {
+    /// Where a backend of the pool is.
+    fn address_of(&mut self, live: &Arc<LiveFacts>) -> Option<SocketAddr> {
+        let backends = self.table().members().backends();
+        backends.iter().find(|backend| Arc::ptr_eq(&backend.live, live)).map(|backend| backend.address)
+    }
+
+    /// A backend has answered to a SYN with bytes: it may be silent for longer from now on.
+    pub(super) fn connected_early(&self, backend: Option<&OwnedFd>) {
+        let Some(socket) = backend else { return };
+        let set = tcp::set_user_timeout(socket, self.towards.user_timeout());
+        set.unwrap_or_else(|refused| self.towards.note(&refused));
+    }
+}
+
+/// Why there is no socket to connect with.
+enum NoSocket {
+    /// Another backend may do.
+    ForThisBackend(Shed),
+    /// No other would.
+    AtAll(Shed),
+}
+
+impl From<Errno> for NoSocket {
+    fn from(errno: Errno) -> Self {
+        Self::AtAll(local_failure(errno.raw_os_error()).unwrap_or(Shed::Memory))
+    }
+}
+
+impl From<SocketError> for NoSocket {
+    fn from(error: SocketError) -> Self {
+        match error {
+            SocketError::Refused(_) => Self::ForThisBackend(Shed::Source),
+            SocketError::Io(errno) => errno.into(),
+        }
+    }
+}
+
+/// The next source address that had ports left for a backend when it was last tried.
+fn rested(
+    left: &mut Sources,
+    sources: &[IpAddr],
+    spent: &Spent,
+    backend: SocketAddr,
+    now: Timestamp,
+) -> Result<IpAddr, NoSocket> {
+    while let Some(source) = left.take(sources) {
+        if !spent.rests(backend, source, now) {
+            return Ok(source);
+        }
+    }
+    Err(NoSocket::ForThisBackend(Shed::Ports))
+}
+
+/// Where the client's first bytes are there already: a server that speaks first must not be kept waiting for them.
+fn send_syn_with_bytes(
+    socket: &OwnedFd,
+    client: Option<&OwnedFd>,
+    towards: &Towards,
+    tuning: &Tuning,
+) -> Syn {
+    let bytes = client.and_then(|client| rustix::io::ioctl_fionread(client).ok());
+    if bytes.is_none_or(|bytes| bytes == 0) {
+        return Syn::Plain;
+    }
+    if let Err(refused) = towards.set_fast_open(socket) {
+        towards.note(&refused);
+        return Syn::Plain;
+    }
+    // The connect "succeeds" at once: the kernel must give up in its stead.
+    tcp::set_user_timeout(socket, tuning.connect_timeout).unwrap_or_else(|refused| towards.note(&refused));
+    Syn::Unsent(None)
+}
+
+/// Gives a socket the client's address, with a port that is free towards the backend. From an address of ours it would be
+/// taken for somebody else; so where the client has none of the backend's family, or is gone, it is not connected.
+fn bind_as(socket: &OwnedFd, client: Option<&OwnedFd>, backend: &SocketAddr) -> Result<(), NoSocket> {
+    let fitting = client_address(client).filter(|client| client.is_ipv4() == backend.is_ipv4());
+    let Some(mut address) = fitting else { return Err(NoSocket::ForThisBackend(Shed::Source)) };
+    address.set_port(0);
+    let _ = uring::bind_address_no_port(socket.as_fd());
+    rustix::net::bind(socket, &address).map_err(|_| NoSocket::ForThisBackend(Shed::Source))
+}
+
+fn client_address(client: Option<&OwnedFd>) -> Option<SocketAddr> {
+    let address = client.and_then(|client| rustix::net::getpeername(client).ok().flatten());
+    address.and_then(|address| SocketAddr::try_from(address).ok())
 }
 
 /// Who the client is. One whose connection is gone already is nobody in particular.
 pub(super) fn client_key(client: Option<&OwnedFd>) -> FlowKey {
-    let address = client.and_then(|client| rustix::net::getpeername(client).ok().flatten());
-    let address = address.and_then(|address| SocketAddr::try_from(address).ok());
-    address.map_or(FlowKey::from_bits(0), |address| FlowKey::of_client(address.ip()))
+    client_address(client).map_or(FlowKey::from_bits(0), |address| FlowKey::of_client(address.ip()))
 }
 
 /// The backends of this table that a flow has tried. Looked for by identity, because a table that was published between

@@ -5,11 +5,13 @@ use std::sync::Arc;
 use allocation::ConnectFailure;
 use flow::{BufferId, Chunk, Input, RecvEnd, Side};
 use rustix::io::Errno;
-use uring::{Completion, Group};
+use uring::{Completion, EnterError, Group};
 
 use super::connect::local_failure;
+use super::slot::Syn;
 use super::{MOVED_AT_MOST, Worker};
 use crate::io::Io;
+use crate::stats::Shed;
 
 impl<I: Io> Worker<I> {
     pub(super) fn recv_input(&mut self, index: u32, from: Side, completion: &Completion) -> Option<Input> {
@@ -47,6 +49,11 @@ impl<I: Io> Worker<I> {
             && !slot.answered
         {
             slot.answered = true;
+            if slot.syn == Syn::Sent {
+                slot.syn = Syn::Plain;
+                let target = &self.listeners[usize::from(slot.listener)].targets[usize::from(slot.target)];
+                target.connected_early(slot.backend.as_ref());
+            }
             if let Some(open) = &slot.open {
                 open.answered();
                 let took = self.now.micros.saturating_sub(slot.asked_micros);
@@ -83,15 +90,13 @@ impl<I: Io> Worker<I> {
         }
     }
 
-    pub(super) fn connect_input(&mut self, index: u32, result: i32) -> Option<Input> {
+    pub(super) fn connect_input(&mut self, index: u32, result: i32) -> Result<Option<Input>, EnterError> {
         let now = self.now;
-        let stats = Arc::clone(&self.stats);
-        let slot = self.flows.get_mut(index)?;
-        let stats = &stats.listeners[usize::from(slot.listener)];
-        if slot.flow.is_closed() {
-            return None;
-        }
+        let Some(slot) = self.flows.get_mut(index).filter(|slot| !slot.flow.is_closed()) else {
+            return Ok(None);
+        };
         if result == 0 {
+            let stats = &self.stats.listeners[usize::from(slot.listener)];
             let took = now.micros - slot.asked_micros;
             stats.connect_seconds.record(took);
             if let Some(open) = &slot.open {
@@ -101,18 +106,28 @@ impl<I: Io> Worker<I> {
             slot.asked_micros = now.micros;
             slot.tried = Vec::new();
             slot.local_failure = None;
-            return Some(Input::Connected);
+            return Ok(Some(Input::Connected));
         }
-        stats.connect_retries.add(1);
-        slot.local_failure = local_failure(-result);
+        let shed = local_failure(-result);
+        if shed == Some(Shed::Ports) && self.connect_from_another(index)? {
+            return Ok(None);
+        }
+        let cancelled = -result == Errno::CANCELED.raw_os_error();
+        let failure = if cancelled { ConnectFailure::TimedOut } else { ConnectFailure::Refused };
+        self.count_failed_connect(index, shed.ok_or(failure));
+        Ok(Some(Input::ConnectFailed))
+    }
+
+    /// A connect failed for want of something of ours, or through the backend.
+    pub(super) fn count_failed_connect(&mut self, index: u32, why: Result<Shed, ConnectFailure>) {
+        let Some(slot) = self.flows.get_mut(index) else { return };
+        self.stats.listeners[usize::from(slot.listener)].connect_retries.add(1);
+        slot.local_failure = why.ok();
         if let Some(open) = slot.open.take() {
-            if slot.local_failure.is_none() {
-                let cancelled = -result == Errno::CANCELED.raw_os_error();
-                let failure = if cancelled { ConnectFailure::TimedOut } else { ConnectFailure::Refused };
-                open.connect_failed(failure, now.timestamp());
+            if let Err(failure) = why {
+                open.connect_failed(failure, self.now.timestamp());
             }
             slot.tried.push(Arc::clone(open.live()));
         }
-        Some(Input::ConnectFailed)
     }
 }

@@ -10,7 +10,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -28,7 +27,8 @@ use crate::pipes::Pipes;
 use crate::run::{Orders, Shared};
 use crate::slots::Slots;
 use crate::stats::{Stats, WorkerStats};
-use slot::{FlowSlot, Listener, Target};
+use crate::towards::Towards;
+use slot::{FlowSlot, Listener, Syn, Target};
 
 mod accept;
 mod close;
@@ -68,13 +68,23 @@ pub(crate) struct WorkerSetup {
     pub(crate) shared: Arc<Shared>,
     pub(crate) stats: Arc<WorkerStats>,
     pub(crate) buffer_bytes: Arc<Stats>,
-    /// Each with its targets.
-    pub(crate) listeners: Vec<(OwnedFd, Vec<Reader>)>,
+    pub(crate) listeners: Vec<ListenerSetup>,
     pub(crate) flows_max: u32,
     pub(crate) buffers_max: u32,
-    pub(crate) keepalive: Option<Duration>,
-    pub(crate) sources: Vec<IpAddr>,
     pub(crate) tuning: Tuning,
+}
+
+/// A listener, before it accepts.
+pub(crate) struct ListenerSetup {
+    pub(crate) socket: OwnedFd,
+    pub(crate) backlog: u16,
+    pub(crate) targets: Vec<TargetSetup>,
+}
+
+/// A pool that serves a listener.
+pub(crate) struct TargetSetup {
+    pub(crate) reader: Reader,
+    pub(crate) towards: Arc<Towards>,
 }
 
 /// One worker, on its own thread.
@@ -92,9 +102,6 @@ pub(crate) struct Worker<I> {
     tuning: Tuning,
     pipes: Pipes,
     flows_max: u32,
-    keepalive: Option<Duration>,
-    sources: Vec<IpAddr>,
-    source_turn: usize,
     /// Receives that found no buffer, oldest first. At most two for each flow.
     buffer_waits: VecDeque<(u32, u32, Side)>,
     /// When to accept again after running out of something.
@@ -122,12 +129,13 @@ impl<I: Io> Worker<I> {
         }
         let ring: I = make_ring(setup.buffers_max)?;
         let now = setup.clock.now();
-        let listener = |(socket, readers): (OwnedFd, Vec<Reader>)| {
-            let target = |reader| Target::new(reader, seed(setup.worker));
+        let listener = |listener: ListenerSetup| {
+            let target = |target| Target::new(target, setup.worker, seed(setup.worker));
             Listener {
-                socket: Some(socket),
+                socket: Some(listener.socket),
                 armed: false,
-                targets: readers.into_iter().map(target).collect(),
+                backlog: listener.backlog,
+                targets: listener.targets.into_iter().map(target).collect(),
             }
         };
         setup.buffer_bytes.buffer_bytes.store(u64::from(BUFFER_BYTES), Relaxed);
@@ -145,9 +153,6 @@ impl<I: Io> Worker<I> {
             tuning: Tuning { full_read_bytes: BUFFER_BYTES, splice_after: SPLICE_AFTER, ..setup.tuning },
             pipes: Pipes::default(),
             flows_max: setup.flows_max,
-            keepalive: setup.keepalive,
-            sources: setup.sources,
-            source_turn: setup.worker,
             buffer_waits: VecDeque::new(),
             accept_again: None,
             accept_warned: false,
@@ -163,7 +168,8 @@ impl<I: Io> Worker<I> {
 
     fn open_listeners(&mut self) -> io::Result<()> {
         for listener in &self.listeners {
-            listener.socket.as_ref().map_or(Ok(()), listen::start)?;
+            let start = |socket| listen::start(socket, listener.backlog);
+            listener.socket.as_ref().map_or(Ok(()), start)?;
         }
         self.arm_accepts().map_err(io::Error::other)?;
         self.arm_bell().map_err(io::Error::other)?;
@@ -245,11 +251,16 @@ impl<I: Io> Worker<I> {
             slot.in_flight &= !bit(op);
         }
         let input = match op {
-            Op::Connect => self.connect_input(index, completion.result),
+            Op::Connect => self.connect_input(index, completion.result)?,
             Op::RecvClient => self.recv_input(index, Side::Client, completion),
             Op::RecvBackend => self.recv_input(index, Side::Backend, completion),
             Op::SendClient => self.send_input(index, Side::Client, completion.result),
-            Op::SendBackend => self.send_input(index, Side::Backend, completion.result),
+            Op::SendBackend => {
+                if slot.syn != Syn::Plain {
+                    self.syn_is_sent(index)?;
+                }
+                self.send_input(index, Side::Backend, completion.result)
+            }
             // However a poll ends, the splice that follows finds out what is the matter.
             Op::ReadableClient => Some(Input::Readable { from: Side::Client }),
             Op::ReadableBackend => Some(Input::Readable { from: Side::Backend }),

@@ -2,15 +2,15 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 
-use flow::{Chunk, Output, Shot, Side};
+use flow::{Chunk, Input, Output, RecvEnd, Shot, Side};
 use rustix::net::{Shutdown, sockopt};
 use uring::{EnterError, Group, Op, Token};
 
 use super::slot::Nodelay;
 use super::{BUFFERS_MORE, Worker, bit, readable_op, recv_op, send_op, writable_op};
 use crate::io::Io;
-use crate::listen;
 use crate::stats::ListenerStats;
+use crate::tcp;
 
 impl<I: Io> Worker<I> {
     pub(super) fn perform(&mut self, index: u32, output: Output) -> Result<(), EnterError> {
@@ -22,6 +22,11 @@ impl<I: Io> Worker<I> {
             }
             Output::Recv { from, shot } => self.recv(index, from, shot),
             Output::CancelRecv { from } => {
+                if from == Side::Backend && self.take_waiting_recv(index).is_some() {
+                    let why = RecvEnd::Cancelled;
+                    self.followups.push_back(Input::RecvEnded { from, why });
+                    return Ok(());
+                }
                 let token = self.token(recv_op(from), index);
                 self.ring.cancel(token)
             }
@@ -75,6 +80,9 @@ impl<I: Io> Worker<I> {
     }
 
     pub(super) fn recv(&mut self, index: u32, from: Side, shot: Shot) -> Result<(), EnterError> {
+        if from == Side::Backend && self.recv_waits(index, shot) {
+            return Ok(());
+        }
         let group = match shot {
             Shot::Many => return self.submit(index, from, recv_op(from), I::recv_many),
             Shot::First => Group::First,
@@ -108,14 +116,13 @@ impl<I: Io> Worker<I> {
     /// (Client sockets inherit keepalive.)
     pub(super) fn settle(&mut self, index: u32) {
         let Some(slot) = self.flows.get_mut(index) else { return };
-        if let (Some(idle), Some(socket), false, true) =
-            (self.keepalive, &slot.backend, slot.settled, slot.flow.is_open())
+        let towards = &self.listeners[usize::from(slot.listener)].targets[usize::from(slot.target)].towards;
+        if let (Some(keepalive), Some(socket), false, true) =
+            (towards.keepalive, &slot.backend, slot.settled, slot.flow.is_open())
         {
             slot.settled = true;
-            // If one fails, a dead host is noticed late, by the idle timeout.
-            let _ = sockopt::set_socket_keepalive(socket, true);
-            let _ = sockopt::set_tcp_keepidle(socket, idle);
-            let _ = sockopt::set_tcp_keepintvl(socket, listen::probe_interval(idle));
+            // If it fails, a dead host is noticed late, by the idle timeout.
+            tcp::set_keepalive(socket, keepalive).unwrap_or_else(|refused| towards.note(&refused));
         }
     }
 

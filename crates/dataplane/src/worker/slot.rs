@@ -1,18 +1,22 @@
 //! A flow, a listener, and what belongs to them.
 
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use allocation::{AllocationTable, LiveFacts, OpenFlow, Reader, Selector, Timestamp};
-use flow::{Flow, Side};
+use flow::{Flow, Shot, Side};
 
+use super::TargetSetup;
 use crate::pipes::Pipe;
 use crate::stats::Shed;
+use crate::towards::{Spent, Towards};
 
 pub(super) struct Listener {
     /// `None` once it is closed.
     pub(super) socket: Option<OwnedFd>,
     pub(super) armed: bool,
+    pub(super) backlog: u16,
     /// Whom its flows are given to: the first is the default.
     pub(super) targets: Box<[Target]>,
 }
@@ -26,6 +30,11 @@ pub(super) struct Target {
     table_read: bool,
     /// Its own: turns of one pool must not move those of another.
     pub(super) selector: Selector,
+    pub(super) towards: Arc<Towards>,
+    /// Which source address is next.
+    source_turn: usize,
+    /// Source addresses that have no port left.
+    pub(super) spent: Spent,
 }
 
 /// One flow and its sockets.
@@ -49,6 +58,9 @@ pub(super) struct FlowSlot {
     pub(super) pipes: Option<Box<[Option<Pipe>; 2]>>,
     /// Counts the flow on its backend.
     pub(super) open: Option<OpenFlow>,
+    /// Own addresses that are left to connect to this backend from.
+    pub(super) sources: Sources,
+    pub(super) syn: Syn,
     /// Backends whose connect failed, at most [`Excluded::MAX`].
     pub(super) tried: Vec<Arc<LiveFacts>>,
     /// What the timer is armed for; the flow's own deadline may have moved on since.
@@ -64,6 +76,34 @@ pub(super) struct FlowSlot {
 pub(super) struct Moved {
     pub(super) to_client: u32,
     pub(super) to_backend: u32,
+}
+
+/// Source addresses that were not tried for a connect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Sources {
+    next: u8,
+    pub(super) left: u8,
+}
+
+impl Sources {
+    /// The next of these.
+    pub(super) fn take(&mut self, all: &[IpAddr]) -> Option<IpAddr> {
+        self.left = self.left.checked_sub(1)?;
+        let source = all.get(usize::from(self.next)).copied();
+        self.next = if usize::from(self.next) + 1 < all.len() { self.next + 1 } else { 0 };
+        source
+    }
+}
+
+/// What became of the SYN towards the backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Syn {
+    /// Connecting sends it.
+    Plain,
+    /// It goes with the first bytes (`TCP_FASTOPEN_CONNECT`). The receive that waits for that: the kernel refuses one before.
+    Unsent(Option<Shot>),
+    /// It has gone with the first bytes, and the backend has not answered.
+    Sent,
 }
 
 /// Whether Nagle's algorithm is off towards the backend.
@@ -84,9 +124,20 @@ impl Listener {
 }
 
 impl Target {
-    pub(super) fn new(mut reader: Reader, seed: u64) -> Self {
+    /// Workers begin with different source addresses.
+    pub(super) fn new(setup: TargetSetup, worker: usize, seed: u64) -> Self {
+        let TargetSetup { mut reader, towards } = setup;
         let table = Arc::clone(reader.read());
-        Self { reader, table, table_read: false, selector: Selector::new(seed) }
+        let (selector, spent) = (Selector::new(seed), Spent::default());
+        Self { reader, table, table_read: false, selector, towards, source_turn: worker, spent }
+    }
+
+    /// The source addresses for a backend: each once, beginning with the next in turn.
+    pub(super) fn sources(&mut self, backend: &SocketAddr) -> Sources {
+        let count = self.towards.sources(backend).len();
+        self.source_turn = self.source_turn.wrapping_add(1);
+        // There are a few dozens at most.
+        Sources { next: (self.source_turn % count.max(1)) as u8, left: count as u8 }
     }
 
     /// The pool's table, read once per batch.

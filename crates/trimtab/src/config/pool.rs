@@ -5,11 +5,12 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use allocation::{Policy, PoolName, ProbeKnobs};
+use dataplane::Connecting;
 use registry::{CRITERIA_MAX, Criterion, Knobs, PoolConfig, Requirements, SplitBy, SplitConfig, TABLES_MAX};
 use toml::Spanned;
 
 use super::reader::{Section, decimal, integer, text, texts};
-use super::{ListenerConfig, or, parse_policy, pool_name};
+use super::{ListenerConfig, or, parse_policy, pool_name, tcp};
 use crate::problem::Problem;
 use crate::units::{duration_text, parse_duration};
 
@@ -19,8 +20,8 @@ const KNOB_MAX: Duration = Duration::from_secs(24 * 3600);
 const FORECAST_MAX: Duration = Duration::from_secs(6 * 3600);
 
 /// The pools, or `None` when the name of one is unknown (then a listener may name it).
-pub(super) fn read(root: &mut Section<'_, '_>) -> Option<Vec<PoolConfig>> {
-    let mut pools: Option<Vec<PoolConfig>> = Some(Vec::new());
+pub(super) fn read(root: &mut Section<'_, '_>) -> Option<(Vec<PoolConfig>, Vec<Connecting>)> {
+    let mut pools = Some((Vec::new(), Vec::new()));
     let mut lines: HashMap<PoolName, usize> = HashMap::new();
     let all = root.list("pool", |mut section| {
         let name = section.required("name", "\"sql\"", text(pool_name));
@@ -35,10 +36,12 @@ pub(super) fn read(root: &mut Section<'_, '_>) -> Option<Vec<PoolConfig>> {
         let known = name.map(Spanned::into_inner);
         // Read on without a name: every problem is found in one pass.
         let unnamed = || "unnamed".parse::<PoolName>().ok();
+        let connecting = tcp::read_pool(&mut section);
         match known.clone().or_else(unnamed).map(|name| read_one(&mut section, name)) {
             Some(pool) if known.is_some() => {
-                if let Some(pools) = &mut pools {
+                if let Some((pools, all)) = &mut pools {
                     pools.push(pool);
+                    all.push(connecting);
                 }
             }
             _ => pools = None,

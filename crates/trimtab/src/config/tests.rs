@@ -36,10 +36,12 @@ fn the_least_file_takes_every_default() {
             notices: NoticesConfig::default(),
             store: None,
             pools: vec![PoolConfig::new("sql".parse().unwrap(), Policy::Adaptive)],
+            connecting: vec![dataplane::Connecting::default()],
             listeners: vec![ListenerConfig {
                 bind: "tcp://127.0.0.1:5432".parse().unwrap(),
                 pool: "sql".parse().unwrap(),
                 requires: Requirements::default(),
+                tcp: dataplane::ListenerTcp::default(),
             }],
             upstreams: Vec::new(),
             providers: Vec::new(),
