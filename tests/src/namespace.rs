@@ -1,6 +1,10 @@
 //! A network of its own, where addresses can come and go.
 
+use std::fs::File;
+use std::os::fd::AsFd as _;
 use std::process::Command;
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::{PATIENCE, Process};
 
@@ -41,6 +45,43 @@ impl Namespace {
     pub fn ip(&self, arguments: &[&str]) {
         let status = self.command("ip").args(arguments).status().expect("iproute2 is installed");
         assert!(status.success(), "ip {arguments:?}: {status}");
+    }
+
+    /// Runs a line of a shell there.
+    ///
+    /// # Panics
+    /// When it fails.
+    #[track_caller]
+    pub fn shell(&self, line: &str) {
+        let status = self.command("sh").args(["-ec", line]).status().expect("a shell");
+        assert!(status.success(), "{line}: {status}");
+    }
+
+    /// Runs a function there, on a thread of its own. Its sockets stay there, and so do threads that it starts.
+    ///
+    /// # Panics
+    /// As it does.
+    #[track_caller]
+    pub fn inside<T: Send>(&self, run: impl FnOnce() -> T + Send) -> T {
+        let network = File::open(format!("/proc/{}/ns/net", self.holder.id())).expect("the holder lives");
+        let enter_and_run = || {
+            move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network)).expect("root may");
+            run()
+        };
+        let ended = std::thread::scope(|scope| scope.spawn(enter_and_run).join());
+        ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    /// Joins it with another by a wire, which has this name here and that one there. Both ends are up.
+    ///
+    /// # Panics
+    /// When the kernel has no veth.
+    #[track_caller]
+    pub fn wire(&self, here: &str, other: &Self, there: &str) {
+        let holder = other.holder.id().to_string();
+        self.ip(&["link", "add", here, "type", "veth", "peer", "name", there, "netns", &holder]);
+        self.ip(&["link", "set", here, "up"]);
+        other.ip(&["link", "set", there, "up"]);
     }
 }
 

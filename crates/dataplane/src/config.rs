@@ -102,7 +102,7 @@ pub struct Connecting {
     pub fast_open: bool,
     /// Own addresses to connect from, in turn; empty: [`Config::sources`].
     pub sources: Vec<IpAddr>,
-    /// Connect from the client's address (`IP_TRANSPARENT`, `ip(7)`): needs `CAP_NET_ADMIN`, and routes that bring the
+    /// Connect from the client's address (`IP_TRANSPARENT`, `ip(7)`): needs `CAP_NET_RAW` or `CAP_NET_ADMIN`, and routes that bring the
     /// answers back here.
     pub transparent: bool,
 }

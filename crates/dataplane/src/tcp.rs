@@ -35,7 +35,7 @@ pub struct TcpOptions {
     pub receive_buffer: Option<u32>,
     /// Bytes of the send buffer (`SO_SNDBUF`), alike.
     pub send_buffer: Option<u32>,
-    /// The mark that routing rules and filters see (`SO_MARK`); needs `CAP_NET_ADMIN`.
+    /// The mark that routing rules and filters see (`SO_MARK`); needs `CAP_NET_RAW` (`CAP_NET_ADMIN` before Linux 5.17).
     pub mark: Option<u32>,
     /// The congestion control's name (`TCP_CONGESTION`).
     pub congestion: Option<String>,
@@ -185,8 +185,8 @@ impl fmt::Display for Refused {
         write!(f, "{} = {value}: ", knob.key())?;
         match knob {
             Knob::Mark | Knob::Transparent if forbidden => f.write_str(
-                "this needs CAP_NET_ADMIN: grant it (systemd: AmbientCapabilities=CAP_NET_ADMIN; a container: --cap-add NET_ADMIN; \
-                 a binary: setcap cap_net_admin+ep), or remove the key",
+                "this needs CAP_NET_RAW or CAP_NET_ADMIN: grant one (systemd: AmbientCapabilities=CAP_NET_RAW; a container: \
+                 --cap-add NET_RAW; a binary: setcap cap_net_raw+ep), or remove the key",
             ),
             Knob::Congestion if forbidden => write!(
                 f,

@@ -33,6 +33,8 @@ const GROUPS: &[Group] = &[
             "redis-server",
             "prometheus",
             "iproute2",
+            // Routes answers back in transparent mode.
+            "nftables",
             "curl",
             // What is pulled from, and who weighs by what an agent serves.
             "prometheus-node-exporter",

@@ -922,3 +922,95 @@ fn security_can_be_changed() {
     assert_eq!((resource.role, resource.pools.len(), resource.ids.len()), (control::Role::Resource, 1, 2));
     assert_eq!((admin.role, admin.pools.len()), (control::Role::Admin, 0));
 }
+
+#[test]
+fn every_knob_of_tcp_can_be_changed() {
+    let file = r#"
+        [[pool]]
+        name = "sql"
+        source_addresses = ["10.0.0.9", "fd00::9"]
+        [pool.tcp]
+        keepalive = "0s"
+        user_timeout = "1500ms"
+        fast_open = true
+        mark = 0xff
+        [[pool]]
+        name = "other"
+        transparent = true
+        [[listener]]
+        bind = "tcp://0.0.0.0:5432"
+        pool = "sql"
+        [listener.tcp]
+        backlog = 100
+        defer_accept = "3s"
+        fast_open = 16
+        keepalive = "2m"
+        keepalive_interval = "10s"
+        keepalive_probes = 5
+        user_timeout = "30s"
+        receive_buffer = 65_536
+        send_buffer = 131_072
+        mark = 7
+        congestion = "bbr"
+        dscp = 46
+        mptcp = true
+    "#;
+    let config = Config::parse(file.as_bytes()).expect("a good file");
+    let options = dataplane::TcpOptions {
+        keepalive: dataplane::KeepaliveOptions {
+            time: Some(Duration::from_secs(120)),
+            interval: Some(Duration::from_secs(10)),
+            probes: Some(5),
+        },
+        user_timeout: Some(Duration::from_secs(30)),
+        receive_buffer: Some(65_536),
+        send_buffer: Some(131_072),
+        mark: Some(7),
+        congestion: Some("bbr".to_owned()),
+        dscp: Some(46),
+        mptcp: true,
+    };
+    let tcp = dataplane::ListenerTcp { options, backlog: 100, defer_accept_seconds: 3, fast_open: 16 };
+    assert_eq!(config.listeners[0].tcp, tcp);
+    let keepalive =
+        dataplane::KeepaliveOptions { time: Some(Duration::ZERO), ..dataplane::KeepaliveOptions::default() };
+    let options = dataplane::TcpOptions {
+        keepalive,
+        user_timeout: Some(Duration::from_millis(1500)),
+        mark: Some(255),
+        ..dataplane::TcpOptions::default()
+    };
+    let sources = vec!["10.0.0.9".parse().unwrap(), "fd00::9".parse().unwrap()];
+    let sql = dataplane::Connecting { options, fast_open: true, sources, transparent: false };
+    let other = dataplane::Connecting { transparent: true, ..dataplane::Connecting::default() };
+    assert_eq!(config.connecting, [sql, other]);
+}
+
+#[test]
+fn knobs_of_tcp_that_cannot_be_are_refused() {
+    let pool =
+        "[[pool]]\nname = \"sql\"\nsource_addresses = [\"10.0.0.9\", \"10.0.0.9\"]\ntransparent = true\n";
+    let file = pool.to_owned()
+        + "[pool.tcp]\nfast_open = true\nmptcp = true\nreceive_buffer = 100\ncongestion = \"b b\"\nbacklog = 9\n"
+        + "[[listener]]\nbind = \"tcp://127.0.0.1:5432\"\npool = \"sql\"\n"
+        + "[listener.tcp]\nbacklog = 0\ndefer_accept = \"250ms\"\nuser_timeout = \"2d\"\ndscp = 64\nmark = \"x\"\n"
+        + "keepalive_probes = 128\nkeepalive_interval = \"10h\"\n";
+    let errors = errors(&file);
+    for expected in [
+        "f:3:20: error: `pool.source_addresses` has 10.0.0.9 twice\n  hint: remove one of the two",
+        "f:4:15: error: `pool.transparent` connects from the client's address, `source_addresses` from yours",
+        "f:6:13: error: `pool.tcp.fast_open` does not go with `mptcp`",
+        "f:8:18: error: `pool.tcp.receive_buffer`: 100 bytes hold no segment\n  hint: write 4096 or more, or 0 for",
+        "f:9:14: error: `pool.tcp.congestion`: \"b b\" is no congestion control\n  hint: write \"cubic\", \"bbr\" or",
+        "f:10:1: error: there is no key `pool.tcp.backlog`",
+        "f:15:11: error: `listener.tcp.backlog`: 0 is out of range\n  hint: write a whole number from 1 to 65535",
+        "f:16:16: error: `listener.tcp.defer_accept`: \"250ms\" is not in whole seconds\n  hint: write \"5s\"",
+        "f:17:16: error: `listener.tcp.user_timeout`: \"2d\" is out of range\n  hint: write at most \"1d\"",
+        "f:18:8: error: `listener.tcp.dscp`: 64 is out of range",
+        "f:19:8: error: `listener.tcp.mark`: this is a text, not an integer",
+        "f:20:20: error: `listener.tcp.keepalive_probes`: 128 is out of range",
+        "f:21:22: error: `listener.tcp.keepalive_interval`: \"10h\" is out of range",
+    ] {
+        assert!(errors.contains(expected), "{expected}\n{errors}");
+    }
+}
