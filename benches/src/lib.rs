@@ -7,7 +7,8 @@
 //! report: medians, ranges, ratios within a round -> Markdown, JSON
 //! ```
 //!
-//! It does not judge correctness (the end-to-end tests do) beyond this: as many bytes must arrive as were sent.
+//! It does not judge correctness (the end-to-end tests do) beyond this: as many bytes must arrive as were sent. What must hold
+//! under load that lasts or hurts is another matter: [`soak`].
 #![forbid(unsafe_code)]
 
 pub mod case;
@@ -22,3 +23,4 @@ pub mod rounds;
 mod scrape;
 pub mod select;
 pub mod sim;
+pub mod soak;

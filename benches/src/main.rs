@@ -1,5 +1,5 @@
 //! `bench proxies`: trimtab beside its peers. `bench select`: the cost of a selection and of a new table.
-//! `bench sim`: allocation policies in simulated fleets.
+//! `bench sim`: allocation policies in simulated fleets. `bench soak`: load that lasts or hurts.
 #![forbid(unsafe_code)]
 
 use std::fs;
@@ -20,6 +20,7 @@ use benches::reports;
 use benches::rounds::{self, Plan};
 use benches::select;
 use benches::sim;
+use benches::soak;
 use clap::{Args, Parser, Subcommand};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
@@ -43,6 +44,8 @@ enum What {
     Race(race::RaceArguments),
     /// What a report costs the balancer, and how soon selections follow it
     Reports(reports::ReportsArguments),
+    /// Whether trimtab stays right, bounded and alive under load that lasts or hurts
+    Soak(soak::SoakArguments),
     /// The backends of a race; it starts them itself
     #[command(hide = true)]
     RaceBackends(race::BackendsArguments),
@@ -147,6 +150,18 @@ fn run(command: What) -> anyhow::Result<()> {
             print!("{}", report.markdown());
             write(arguments.json.as_ref(), || Ok(serde_json::to_string_pretty(&report)?))
         }
+        What::Soak(arguments) => match soak::run(&arguments, &mut |line| eprintln!("{line}"))? {
+            soak::Outcome::Elsewhere(held) => {
+                ensure!(held, "not every check held");
+                Ok(())
+            }
+            soak::Outcome::Report(report) => {
+                print!("{}", report.markdown());
+                write(arguments.json.as_ref(), || Ok(serde_json::to_string_pretty(&report)?))?;
+                ensure!(report.failed() == 0, "{} checks failed", report.failed());
+                Ok(())
+            }
+        },
         What::RaceBackends(arguments) => race::serve(&arguments),
     }
 }

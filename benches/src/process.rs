@@ -28,7 +28,7 @@ pub struct ProcessTree {
 }
 
 /// Memory of a process tree, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Memory {
     /// Resident, shared pages counted in each process.
     pub rss: u64,
@@ -89,15 +89,7 @@ impl ProcessTree {
     /// Processor time of all threads of all processes so far (`schedstat`: nanoseconds that the scheduler counted, and
     /// not ticks). io_uring's kernel threads are threads of their process and are in it.
     pub fn cpu_time(&self) -> io::Result<Duration> {
-        let mut nanos = 0;
-        for pid in &self.pids {
-            for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-                // A thread may end between the listing and the look: what it used is lost, and little.
-                let Ok(line) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
-                nanos += nanos_on_cpu(&line)?;
-            }
-        }
-        Ok(Duration::from_nanos(nanos))
+        self.pids.iter().map(|pid| cpu_time_of(*pid)).sum()
     }
 
     /// Processor time in user mode so far, in seconds, by the clock's ticks of 10 ms (`/proc/PID/stat`).
@@ -116,10 +108,10 @@ impl ProcessTree {
     pub fn memory(&self) -> io::Result<Memory> {
         let mut sum = Memory { rss: 0, pss: 0, private_dirty: 0 };
         for pid in &self.pids {
-            let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-            sum.rss += field_bytes(&rollup, "Rss:")?;
-            sum.pss += field_bytes(&rollup, "Pss:")?;
-            sum.private_dirty += field_bytes(&rollup, "Private_Dirty:")?;
+            let memory = memory_of(*pid)?;
+            sum.rss += memory.rss;
+            sum.pss += memory.pss;
+            sum.private_dirty += memory.private_dirty;
         }
         Ok(sum)
     }
@@ -156,6 +148,27 @@ impl Drop for ProcessTree {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Processor time of all threads of a process so far, as [`ProcessTree::cpu_time`].
+pub fn cpu_time_of(pid: i32) -> io::Result<Duration> {
+    let mut nanos = 0;
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        // A thread may end between the listing and the look: what it used is lost, and little.
+        let Ok(line) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
+        nanos += nanos_on_cpu(&line)?;
+    }
+    Ok(Duration::from_nanos(nanos))
+}
+
+/// Memory of a process now.
+pub fn memory_of(pid: i32) -> io::Result<Memory> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    Ok(Memory {
+        rss: field_bytes(&rollup, "Rss:")?,
+        pss: field_bytes(&rollup, "Pss:")?,
+        private_dirty: field_bytes(&rollup, "Private_Dirty:")?,
+    })
 }
 
 /// Lets a panic kill what was started: release builds abort, and nothing is dropped then.

@@ -37,7 +37,7 @@ pub use http::{HttpAnswer, get};
 pub use lab::{Lab, Member, POOL};
 pub use metrics::Metrics;
 pub use namespace::Namespace;
-pub use pattern::{check_stream, send_stream};
+pub use pattern::{check_stream, fill_block, first_wrong, send_stream};
 pub use pki::Pki;
 pub use postgres::{PgBench, Postgres};
 pub use process::{Descriptors, Ended, Process, descriptors, resident_bytes, settled_descriptors};

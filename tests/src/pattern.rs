@@ -2,7 +2,7 @@
 
 use std::io::{self, Read, Write};
 
-/// Bytes made or checked at a time; a multiple of 8.
+/// Bytes made or checked at a time.
 const BLOCK_BYTES: usize = 128 * 1024;
 
 /// Sends `length` bytes of the stream named by `seed`.
@@ -14,7 +14,7 @@ pub fn send_stream(to: &mut impl Write, seed: u64, length: u64) -> io::Result<()
     let mut at = 0;
     while at < length {
         let bytes = block_of(length - at);
-        fill(&mut block, seed, at);
+        fill_block(&mut block[..bytes], seed, at);
         to.write_all(&block[..bytes])?;
         at += bytes as u64;
     }
@@ -29,15 +29,13 @@ pub fn send_stream(to: &mut impl Write, seed: u64, length: u64) -> io::Result<()
 /// # Panics
 /// At the first that differs.
 pub fn check_stream(from: &mut impl Read, seed: u64, length: u64) -> io::Result<()> {
-    let (mut block, mut expected) = (vec![0; BLOCK_BYTES], vec![0; BLOCK_BYTES]);
+    let mut block = vec![0; BLOCK_BYTES];
     let mut at = 0;
     while at < length {
         let bytes = block_of(length - at);
         from.read_exact(&mut block[..bytes])?;
-        fill(&mut expected, seed, at);
-        if block[..bytes] != expected[..bytes] {
-            let wrong = (0..bytes).find(|&i| block[i] != expected[i]).unwrap_or_default();
-            panic!("stream {seed}: byte {} is not what was sent there", at + wrong as u64);
+        if let Some(wrong) = first_wrong(&block[..bytes], seed, at) {
+            panic!("stream {seed}: byte {wrong} is not what was sent there");
         }
         at += bytes as u64;
     }
@@ -48,14 +46,46 @@ fn block_of(left: u64) -> usize {
     usize::try_from(left).map_or(BLOCK_BYTES, |left| left.min(BLOCK_BYTES))
 }
 
-/// Each 8 bytes are a mix of the seed and their place (splitmix64).
-fn fill(block: &mut [u8], seed: u64, at: u64) {
-    for (word, place) in block.chunks_exact_mut(8).zip(at / 8..) {
-        let mut x = (seed ^ place.rotate_left(17)).wrapping_add(place.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        word.copy_from_slice(&(x ^ (x >> 31)).to_le_bytes());
+/// Puts what belongs at `at` of the stream named by `seed` into `block`.
+pub fn fill_block(block: &mut [u8], seed: u64, at: u64) {
+    // A stream may be taken up in the middle of a word.
+    let skipped = (at % 8) as usize;
+    let head = if skipped == 0 { 0 } else { (8 - skipped).min(block.len()) };
+    let (head, rest) = block.split_at_mut(head);
+    head.copy_from_slice(&word(seed, at / 8)[skipped..skipped + head.len()]);
+    let first = at.div_ceil(8);
+    let mut words = rest.chunks_exact_mut(8);
+    let mut place = first;
+    for whole in &mut words {
+        whole.copy_from_slice(&word(seed, place));
+        place += 1;
     }
+    let tail = words.into_remainder();
+    tail.copy_from_slice(&word(seed, place)[..tail.len()]);
+}
+
+/// The first byte of `block` that is not what belongs at `at` of the stream named by `seed`, by its place in the stream.
+pub fn first_wrong(block: &[u8], seed: u64, at: u64) -> Option<u64> {
+    let mut expected = [0; 1024];
+    let mut at = at;
+    for part in block.chunks(expected.len()) {
+        let expected = &mut expected[..part.len()];
+        fill_block(expected, seed, at);
+        if part != expected {
+            let wrong = part.iter().zip(expected.iter()).position(|(is, due)| is != due);
+            return Some(at + wrong.unwrap_or_default() as u64);
+        }
+        at += part.len() as u64;
+    }
+    None
+}
+
+/// Each 8 bytes are a mix of the seed and their place (splitmix64).
+fn word(seed: u64, place: u64) -> [u8; 8] {
+    let mut x = (seed ^ place.rotate_left(17)).wrapping_add(place.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    (x ^ (x >> 31)).to_le_bytes()
 }
 
 #[cfg(test)]
@@ -74,6 +104,19 @@ mod tests {
             let sent = stream(7, length);
             assert_eq!(sent.len() as u64, length);
             check_stream(&mut sent.as_slice(), 7, length).expect("all there");
+        }
+    }
+
+    #[test]
+    fn any_part_is_as_in_the_whole() {
+        let whole = stream(7, 5_000);
+        for (from, to) in [(0, 3), (3, 5), (1, 9), (8, 16), (5, 4_999), (4_990, 5_000)] {
+            let mut part = vec![0; to - from];
+            fill_block(&mut part, 7, from as u64);
+            assert_eq!(part, whole[from..to], "{from} to {to}");
+            assert_eq!(first_wrong(&part, 7, from as u64), None);
+            part[to - from - 1] ^= 1;
+            assert_eq!(first_wrong(&part, 7, from as u64), Some(to as u64 - 1));
         }
     }
 

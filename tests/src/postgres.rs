@@ -284,17 +284,26 @@ impl PgBench {
     /// # Panics
     /// When one of them failed, or it does not end within `limit`.
     #[track_caller]
-    pub fn succeed(mut self, limit: Duration) -> u64 {
+    pub fn succeed(self, limit: Duration) -> u64 {
+        self.finish(limit).unwrap_or_else(|said| panic!("pgbench: {said}"))
+    }
+
+    /// Waits for its end; gives how many transactions it made.
+    ///
+    /// # Errors
+    /// What it said, when one of them failed.
+    ///
+    /// # Panics
+    /// When it does not end within `limit`.
+    #[track_caller]
+    pub fn finish(mut self, limit: Duration) -> Result<u64, String> {
         let (ended, _) = self.0.wait(limit);
-        assert_eq!(ended.code, Some(0), "pgbench: {}{}", ended.stdout, ended.stderr);
-        assert_eq!(
-            number_after(&ended.stdout, "number of failed transactions: "),
-            Some(0),
-            "{}",
-            ended.stdout
-        );
+        let failed = number_after(&ended.stdout, "number of failed transactions: ");
         let processed = number_after(&ended.stdout, "number of transactions actually processed: ");
-        processed.unwrap_or_else(|| panic!("pgbench says no count: {}", ended.stdout))
+        match (ended.code, failed, processed) {
+            (Some(0), Some(0), Some(processed)) => Ok(processed),
+            _ => Err(format!("{}{}", ended.stdout, ended.stderr)),
+        }
     }
 }
 

@@ -161,7 +161,9 @@ pub(crate) fn send(pid: u32, signal: Signal) {
 pub struct Descriptors {
     /// Ends of pipes.
     pub pipes: usize,
-    /// All others: sockets, rings, files.
+    /// Sockets.
+    pub sockets: usize,
+    /// All others: rings, files.
     pub others: usize,
 }
 
@@ -172,12 +174,13 @@ pub struct Descriptors {
 pub fn descriptors(pid: u32) -> Descriptors {
     let folder = fs::read_dir(format!("/proc/{pid}/fd"));
     let folder = folder.unwrap_or_else(|error| panic!("the descriptors of process {pid}: {error}"));
-    let mut counted = Descriptors { pipes: 0, others: 0 };
+    let mut counted = Descriptors { pipes: 0, sockets: 0, others: 0 };
     // One that was closed since it was listed does not count.
     for target in folder.flatten().filter_map(|entry| fs::read_link(entry.path()).ok()) {
-        match target.as_os_str().to_string_lossy().starts_with("pipe:") {
-            true => counted.pipes += 1,
-            false => counted.others += 1,
+        match target.as_os_str().to_string_lossy().split(':').next() {
+            Some("pipe") => counted.pipes += 1,
+            Some("socket") => counted.sockets += 1,
+            _ => counted.others += 1,
         }
     }
     counted

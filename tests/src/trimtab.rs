@@ -14,9 +14,10 @@ use crate::{Ended, HttpAnswer, Metrics, PATIENCE, Process, get};
 /// Where cargo puts what it builds.
 #[track_caller]
 pub(crate) fn target_folder() -> PathBuf {
-    // target/PROFILE/deps/TEST
-    let test = std::env::current_exe().expect("a running program has a path");
-    test.ancestors().nth(3).expect("tests are run by cargo").to_owned()
+    // target/PROFILE/deps/TEST, or target/PROFILE/bench
+    let program = std::env::current_exe().expect("a running program has a path");
+    let mut folders = program.ancestors().skip(1).skip_while(|folder| folder.ends_with("deps"));
+    folders.nth(1).expect("cargo puts programs below target").to_owned()
 }
 
 /// The binary under test: `TRIMTAB_BIN`, or the release build.

@@ -239,7 +239,9 @@ fn what_is_no_grpc_or_http_hurts_nobody() {
     assert_eq!(balancer.probe("/readyz").map(|answer| answer.status), Some(200));
     assert!(balancer.resources().is_empty());
     let process = balancer.process().id();
-    until("their descriptors are closed", || (descriptors(process).others <= at_start.others).then_some(()));
+    until("their descriptors are closed", || {
+        (descriptors(process).sockets <= at_start.sockets).then_some(())
+    });
 }
 
 /// Flows that ended for a reason.

@@ -402,8 +402,8 @@ fn five_thousand_flows_at_once_leave_nothing_behind() {
     }
     let memory_busy = resident_bytes(process);
     println!(
-        "all {FLOWS} open: {} descriptors; memory per idle flow {} bytes, after each echoed {} bytes",
-        descriptors(process).others,
+        "all {FLOWS} open: {} sockets; memory per idle flow {} bytes, after each echoed {} bytes",
+        descriptors(process).sockets,
         (memory_open - memory_at_start.min(memory_open)) / FLOWS as u64,
         (memory_busy - memory_at_start.min(memory_busy)) / FLOWS as u64
     );

@@ -17,6 +17,7 @@ mod balancer;
 mod link;
 mod load;
 mod random;
+pub(crate) use random::Random;
 mod report;
 mod scenario;
 mod window;

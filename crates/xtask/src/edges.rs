@@ -88,10 +88,18 @@ const RULES: &[Rule] = &[
     Rule { package: "xtask", may: &[], never: &["tokio", "tonic"] },
     // It drives the binary from outside; the wire's types are how a resource would.
     Rule { package: "e2e", may: &["trimtab-api"], never: &["io-uring"] },
-    // It drives the binary as clients and resources do, and times control with nothing between.
+    // It drives the binary as clients and resources do (a soak with what the end-to-end tests are made of), and times control
+    // with nothing between.
     Rule {
         package: "benches",
-        may: &["trimtab-allocation", "trimtab-api", "trimtab-control", "trimtab-flow", "trimtab-registry"],
+        may: &[
+            "trimtab-allocation",
+            "trimtab-api",
+            "trimtab-control",
+            "trimtab-flow",
+            "trimtab-registry",
+            "e2e",
+        ],
         never: &[],
     },
 ];
