@@ -188,7 +188,7 @@ impl Reports<'_> {
                 }
                 () = tokio::time::sleep(CHECK_EVERY) => {
                     self.shared.security.still_holds(self.caller)?;
-                    self.shared.registry.standing(&id, incarnation).map_err(report_refused)?;
+                    self.shared.registry.standing(&id, incarnation, self.shared.clock.now()).map_err(report_refused)?;
                 }
             }
         }

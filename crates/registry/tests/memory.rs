@@ -133,8 +133,8 @@ fn a_remembered_resource_has_its_weight_and_no_flow_before_it_answers() {
     let unconfirmed = after.unconfirmed();
     assert_eq!(unconfirmed.len(), 2);
     for of in &unconfirmed {
-        assert!(after.probed(of, true, LEASE, at(0.2)));
-        assert!(!after.probed(of, true, LEASE, at(0.2)), "only news is news");
+        assert!(after.checked(of, true, LEASE, at(0.2)));
+        assert!(!after.checked(of, true, LEASE, at(0.2)), "only news is news");
     }
     let second = table(&after, at(0.5));
     assert_eq!(second.eligible().len(), 2);
@@ -145,8 +145,8 @@ fn a_remembered_resource_has_its_weight_and_no_flow_before_it_answers() {
 
     // It goes on without agents, as long as it answers.
     assert!(after.expire(at(3_599.0)).is_empty());
-    after.probed(&unconfirmed[0], true, LEASE, at(3_599.0));
-    after.probed(&unconfirmed[1], false, LEASE, at(3_599.0));
+    after.checked(&unconfirmed[0], true, LEASE, at(3_599.0));
+    after.checked(&unconfirmed[1], false, LEASE, at(3_599.0));
     assert_eq!(table(&after, at(3_600.0)).eligible().len(), 1);
     assert_eq!(after.expire(at(3_601.0)).len(), 1, "the one that does not answer is forgotten");
     assert_eq!(after.expire(at(7_198.0)).len(), 0);
@@ -162,7 +162,7 @@ fn a_report_or_a_registration_makes_it_one_like_any_other() {
     assert!(!registered.created && !registered.changed, "the same process: nothing is to be written");
     assert!(after.report(report("weak", 0.5, 100.0), at(1.0)).is_ok());
     assert!(after.unconfirmed().is_empty());
-    assert!(!after.probed(&unconfirmed[0], false, LEASE, at(1.1)), "what it says itself counts");
+    assert!(!after.checked(&unconfirmed[0], false, LEASE, at(1.1)), "what it says itself counts");
     assert_eq!(table(&after, at(1.2)).eligible().len(), 2);
     assert_eq!(after.pools(at(1.2))[0].states.of(ResourceState::Ready), 2);
     assert_eq!(after.expire(at(5.0)).len(), 2, "its lease is its own again");
@@ -175,7 +175,7 @@ fn a_newer_process_in_its_place_starts_anew() {
     store.restore(&after, at(0.0));
     let of = after.unconfirmed().remove(0);
     assert!(after.register(registration("strong", 2), at(1.0)).unwrap().created);
-    assert!(!after.probed(&of, true, LEASE, at(1.1)), "the answer was of the process before");
+    assert!(!after.checked(&of, true, LEASE, at(1.1)), "the answer was of the process before");
     let older = after.register(registration("strong", 1), at(1.2));
     assert!(older.is_err(), "{older:?}");
 }
