@@ -55,7 +55,7 @@ pub use schedule::{Change, Jitter, Schedule, Step, Timing};
 pub use send_expect::SendExpect;
 pub use smtp::Smtp;
 pub use text::{EscapeError, unescape};
-pub use tls::{Tls, TlsConfig};
+pub use tls::{Tls, TlsConfig, is_server_name};
 pub use udp::Udp;
 pub use wire::TAKEN_BYTES_MAX;
 pub use xmpp::{StreamKind, Xmpp};

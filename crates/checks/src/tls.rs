@@ -32,6 +32,11 @@ impl Default for TlsConfig {
     }
 }
 
+/// Whether TLS can ask for a server by this name: a DNS name or an address.
+pub fn is_server_name(text: &str) -> bool {
+    ServerName::try_from(text).is_ok()
+}
+
 /// The same, ready to use.
 #[derive(Debug)]
 pub struct Tls {

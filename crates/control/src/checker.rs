@@ -294,8 +294,9 @@ impl Follower {
                 Begun::Ended(outcome) => began + self.take(&outcome),
                 Begun::Late(outcome, waiting) => {
                     let next = began + self.take(&outcome);
+                    let limit = check.config().timeout;
                     tokio::select! {
-                        next = self.wait_out(outcome, waiting, next) => next,
+                        next = self.wait_out(outcome, waiting, next, limit) => next,
                         _ = &mut gone => return,
                     }
                 }
@@ -307,20 +308,25 @@ impl Follower {
         }
     }
 
-    /// Waits with a dialogue that got no answer in time; each check that is due meanwhile has got none either. Gives when to begin
-    /// another.
-    async fn wait_out(&mut self, late: Outcome, mut waiting: Waiting, mut next: Instant) -> Instant {
-        let given_up = Instant::now() + WAITS_MAX;
+    /// Waits with a dialogue that got no answer in time. A check that is due meanwhile, the first one at `next`, has none either
+    /// when its own time is over. Gives when to begin another.
+    async fn wait_out(
+        &mut self,
+        late: Outcome,
+        mut waiting: Waiting,
+        next: Instant,
+        limit: Duration,
+    ) -> Instant {
+        let mut due = next.max(Instant::now());
+        let given_up = due + WAITS_MAX;
         loop {
             tokio::select! {
                 () = waiting.ended() => return Instant::now() + self.schedule.soon(),
-                () = sleep_until(next) => {
-                    let now = Instant::now();
-                    if now >= given_up {
-                        return now;
-                    }
-                    next = now + self.take(&late);
-                }
+                () = sleep_until(due + limit) => {}
+            }
+            due = (due + self.take(&late)).max(Instant::now());
+            if due >= given_up {
+                return due;
             }
         }
     }
