@@ -4,7 +4,6 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use e2e::{
     Balancer, BalancerConfig, DnsKind, DnsServer, MariaDb, Metrics, Pki, Postgres, Process, Server, SqlClient,

@@ -1,16 +1,15 @@
 //! DNS (RFC 1035): a query over UDP or TCP, and the answer's code.
 
 use std::fmt;
-use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::str::FromStr;
 use std::time::Duration;
 
-use tokio::net::UdpSocket;
 use tokio::time::{Instant, sleep_until};
 
 use crate::Failure;
 use crate::schedule::Jitter;
+use crate::udp;
 use crate::wire::{Parsed, Wire};
 
 /// Longest datagram that is looked at; nothing longer is asked for (§2.3.4).
@@ -178,7 +177,7 @@ fn id() -> u16 {
 }
 
 pub(crate) async fn ask_udp(query: &DnsQuery, target: SocketAddr, limit: Duration) -> Result<String, Failure> {
-    let socket = connect_udp(target).await.map_err(|why| Failure::Connect(target, why))?;
+    let socket = udp::connect(target).await.map_err(|why| Failure::Connect(target, why))?;
     let id = id();
     let message = query.encode(id);
     socket.send(&message).await.map_err(|why| Failure::Connect(target, why))?;
@@ -188,7 +187,7 @@ pub(crate) async fn ask_udp(query: &DnsQuery, target: SocketAddr, limit: Duratio
     let mut buffer = [0; DATAGRAM_BYTES_MAX];
     loop {
         tokio::select! {
-            received = socket.recv(&mut buffer) => {
+            received = udp::receive(&socket, &mut buffer) => {
                 let length = received.map_err(|why| Failure::Connect(target, why))?;
                 if let Some(judged) = query.judge(id, &buffer[..length]) {
                     return judged;
@@ -200,15 +199,6 @@ pub(crate) async fn ask_udp(query: &DnsQuery, target: SocketAddr, limit: Duratio
             }
         }
     }
-}
-
-/// A socket that hears of the other side's ICMP refusals.
-pub(crate) async fn connect_udp(target: SocketAddr) -> io::Result<UdpSocket> {
-    let any = if target.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
-    let any: SocketAddr = any;
-    let socket = UdpSocket::bind(any).await?;
-    socket.connect(target).await?;
-    Ok(socket)
 }
 
 /// §4.2.2: each message behind its length.

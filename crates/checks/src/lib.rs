@@ -287,7 +287,8 @@ type Answer = oneshot::Receiver<Result<String, Failure>>;
 
 /// A dialogue that has had no answer in time and is still open. Dropping it gives the connection up.
 pub struct Waiting {
-    talk: Talk,
+    /// `None`: it has ended.
+    talk: Option<Talk>,
 }
 
 impl fmt::Debug for Waiting {
@@ -299,7 +300,10 @@ impl fmt::Debug for Waiting {
 impl Waiting {
     /// Returns when the dialogue has ended, its goodbye included. May be dropped and called again.
     pub async fn ended(&mut self) {
-        self.talk.as_mut().await;
+        if let Some(talk) = &mut self.talk {
+            talk.await;
+            self.talk = None;
+        }
     }
 }
 
@@ -367,6 +371,10 @@ impl Check {
             return ended(result.unwrap_or_else(|_| Err(late())));
         }
         let stream = match timeout(limit, TcpStream::connect(target)).await {
+            // The kernel gave us the very port that nobody listens on: we have connected to ourselves.
+            Ok(Ok(stream)) if stream.local_addr().is_ok_and(|local| local == target) => {
+                return ended(Err(Failure::Connect(target, io::ErrorKind::ConnectionRefused.into())));
+            }
             Ok(Ok(stream)) => stream,
             Ok(Err(why)) => return ended(Err(Failure::Connect(target, why))),
             Err(_) => return ended(Err(late())),
@@ -376,22 +384,24 @@ impl Check {
         let answered = timeout(left, async {
             tokio::select! {
                 biased;
-                answered = &mut answer => answered,
-                () = &mut talk => answer.await,
+                answered = &mut answer => (answered, false),
+                () = &mut talk => ((&mut answer).await, true),
             }
         });
         match answered.await {
             // The dialogue always says what came of it before it ends.
-            Ok(answered) => {
+            Ok((answered, is_over)) => {
                 let outcome =
                     Outcome { result: answered.unwrap_or(Err(Failure::HungUp)), took: begun.elapsed() };
                 // What is not over by then is dropped with its connection.
-                let _ = timeout(GOODBYE_WITHIN, &mut talk).await;
+                if !is_over {
+                    let _ = timeout(GOODBYE_WITHIN, &mut talk).await;
+                }
                 Begun::Ended(outcome)
             }
             Err(_) => {
                 let outcome = Outcome { result: Err(late()), took: begun.elapsed() };
-                Begun::Late(outcome, Waiting { talk })
+                Begun::Late(outcome, Waiting { talk: Some(talk) })
             }
         }
     }
