@@ -4,6 +4,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
+use std::sync::mpsc;
 
 use e2e::{
     Balancer, BalancerConfig, DnsKind, DnsServer, MariaDb, Metrics, Pki, Postgres, Process, Server, SqlClient,
@@ -135,6 +136,29 @@ fn wait_for(balancer: &Balancer, ids: &[String], state: &str) -> serde_json::Map
     })
 }
 
+/// A server that starts beside others, in a thread that stays: processes end with the thread that started them.
+struct Starting {
+    started: mpsc::Receiver<Any>,
+    _stays: mpsc::Sender<()>,
+}
+
+impl Starting {
+    fn begin(start: fn() -> Any) -> Self {
+        let (tell, started) = mpsc::channel();
+        let (stays, gone) = mpsc::channel::<()>();
+        std::thread::spawn(move || {
+            // A test that has ended needs none.
+            let _ = tell.send(start());
+            let _ = gone.recv();
+        });
+        Self { started, _stays: stays }
+    }
+
+    fn server(&self) -> Any {
+        self.started.recv().expect("it starts")
+    }
+}
+
 #[test]
 fn who_hangs_gets_no_connections_until_he_answers_again() {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -144,16 +168,9 @@ fn who_hangs_gets_no_connections_until_he_answers_again() {
     let kinds = kinds();
     let listeners: Vec<SocketAddr> =
         kinds.iter().map(|(kind, lines, ..)| config.add_pool(kind, &check(kind, lines))).collect();
-    // Servers start side by side.
-    let starting: Vec<_> = kinds
-        .iter()
-        .map(|(_, _, start, _)| {
-            let start = *start;
-            [(); 2].map(|()| std::thread::spawn(start))
-        })
-        .collect();
-    let servers: Vec<[Any; 2]> =
-        starting.into_iter().map(|pair| pair.map(|one| one.join().expect("it starts"))).collect();
+    let starting: Vec<[Starting; 2]> =
+        kinds.iter().map(|(_, _, start, _)| [(); 2].map(|()| Starting::begin(*start))).collect();
+    let servers: Vec<[Any; 2]> = starting.iter().map(|pair| pair.each_ref().map(Starting::server)).collect();
     let balancer = Balancer::start(config);
     let mut pools: Vec<Pool> = Vec::new();
     for (((kind, _, _, ask), listener), servers) in kinds.into_iter().zip(listeners).zip(servers) {
