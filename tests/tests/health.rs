@@ -1,6 +1,6 @@
 //! Active checks with the real servers: who hangs gets no connections until he answers again, and no server is hurt.
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
@@ -101,9 +101,9 @@ fn kinds() -> Vec<Kind> {
 /// Whether what comes first begins so.
 fn says(at: SocketAddr, text: &[u8], begins: &str) -> bool {
     let Ok(mut stream) = connect(at) else { return false };
-    let mut line = Vec::new();
-    let said = stream.write_all(text).and_then(|()| BufReader::new(&stream).read_until(b'>', &mut line));
-    said.is_ok() && String::from_utf8_lossy(&line).starts_with(begins)
+    let mut said = vec![0; begins.len()];
+    let heard = stream.write_all(text).and_then(|()| stream.read_exact(&mut said));
+    heard.is_ok() && said == begins.as_bytes()
 }
 
 /// What the client of MariaDB prints; `None`: it failed.
