@@ -72,7 +72,15 @@ impl Server {
     pub fn smtp() -> Self {
         Self::start("aiosmtpd", |address, _| {
             let mut command = Command::new(PYTHON);
-            command.args(["-m", "aiosmtpd", "-n", "-c", "aiosmtpd.handlers.Sink", "-l", &address.to_string()]);
+            command.args([
+                "-m",
+                "aiosmtpd",
+                "-n",
+                "-c",
+                "aiosmtpd.handlers.Sink",
+                "-l",
+                &address.to_string(),
+            ]);
             command
         })
     }

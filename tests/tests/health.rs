@@ -7,8 +7,8 @@ use std::process::Command;
 use std::sync::mpsc;
 
 use e2e::{
-    Balancer, BalancerConfig, DnsKind, DnsServer, MariaDb, Metrics, Pki, Postgres, Process, Server, SqlClient,
-    ZONE, connect, until,
+    Balancer, BalancerConfig, DnsKind, DnsServer, MariaDb, Metrics, Pki, Postgres, Process, Server,
+    SqlClient, ZONE, connect, until,
 };
 use rustix::process::Signal;
 use serde_json::Value;
@@ -70,31 +70,63 @@ type Kind = (&'static str, String, fn() -> Any, fn(SocketAddr) -> bool);
 fn kinds() -> Vec<Kind> {
     let own = |lines: &str| lines.to_owned();
     vec![
-        ("postgresql", own("user = \"postgres\""), || Any::Postgres(Postgres::start()), |at| {
-            SqlClient::connect(at).is_ok_and(|client| client.end().is_ok())
-        }),
-        ("mysql", own("user = \"root\""), || Any::MariaDb(MariaDb::start()), |at| mariadb(at, "select 1").is_some()),
+        (
+            "postgresql",
+            own("user = \"postgres\""),
+            || Any::Postgres(Postgres::start()),
+            |at| SqlClient::connect(at).is_ok_and(|client| client.end().is_ok()),
+        ),
+        (
+            "mysql",
+            own("user = \"root\""),
+            || Any::MariaDb(MariaDb::start()),
+            |at| mariadb(at, "select 1").is_some(),
+        ),
         ("redis", own(""), || Any::Server(Server::redis()), |at| says(at, b"PING\r\n", "+PONG")),
         ("smtp", own(""), || Any::Server(Server::smtp()), |at| says(at, b"QUIT\r\n", "220 ")),
         ("ftp", own(""), || Any::Server(Server::ftp()), |at| says(at, b"QUIT\r\n", "220")),
-        ("xmpp", own("domain = \"example.test\""), || Any::Server(Server::prosody()), |at| {
-            let opening = "<?xml version='1.0'?><stream:stream to='example.test' xmlns='jabber:client' \
+        (
+            "xmpp",
+            own("domain = \"example.test\""),
+            || Any::Server(Server::prosody()),
+            |at| {
+                let opening = "<?xml version='1.0'?><stream:stream to='example.test' xmlns='jabber:client' \
                            xmlns:stream='http://etherx.jabber.org/streams' version='1.0'>\n</stream:stream>";
-            says(at, opening.as_bytes(), "<?xml")
-        }),
-        ("dns", format!("name = \"{ZONE}\""), || Any::Dns(DnsServer::start(DnsKind::Bind)), |at| {
-            let dig = Command::new("dig")
-                .args([&format!("@{}", at.ip()), "-p", &at.port().to_string(), "+tcp", "+short", ZONE, "SOA"])
-                .output()
-                .expect("dig is installed");
-            String::from_utf8_lossy(&dig.stdout).contains("hostmaster")
-        }),
-        ("http", own("path = \"/healthz\"\nexpect = \"well\""), || Any::Server(Server::nginx(None)), |at| {
-            says(at, b"GET / HTTP/1.0\r\n\r\n", "HTTP/1.1 200")
-        }),
-        ("send_expect", own("send = 'PING\\r\\n'\nexpect = '+PONG\\r\\n'\ngoodbye = 'QUIT\\r\\n'"), || {
-            Any::Server(Server::redis())
-        }, |at| says(at, b"PING\r\n", "+PONG")),
+                says(at, opening.as_bytes(), "<?xml")
+            },
+        ),
+        (
+            "dns",
+            format!("name = \"{ZONE}\""),
+            || Any::Dns(DnsServer::start(DnsKind::Bind)),
+            |at| {
+                let dig = Command::new("dig")
+                    .args([
+                        &format!("@{}", at.ip()),
+                        "-p",
+                        &at.port().to_string(),
+                        "+tcp",
+                        "+short",
+                        ZONE,
+                        "SOA",
+                    ])
+                    .output()
+                    .expect("dig is installed");
+                String::from_utf8_lossy(&dig.stdout).contains("hostmaster")
+            },
+        ),
+        (
+            "http",
+            own("path = \"/healthz\"\nexpect = \"well\""),
+            || Any::Server(Server::nginx(None)),
+            |at| says(at, b"GET / HTTP/1.0\r\n\r\n", "HTTP/1.1 200"),
+        ),
+        (
+            "send_expect",
+            own("send = 'PING\\r\\n'\nexpect = '+PONG\\r\\n'\ngoodbye = 'QUIT\\r\\n'"),
+            || Any::Server(Server::redis()),
+            |at| says(at, b"PING\r\n", "+PONG"),
+        ),
     ]
 }
 
@@ -130,7 +162,8 @@ fn wait_for(balancer: &Balancer, ids: &[String], state: &str) -> serde_json::Map
     let mut last = String::new();
     until(&format!("{ids:?} are {state}"), || {
         let resources = balancer.resources();
-        let wrong = ids.iter().find(|id| resources.get(*id).is_none_or(|resource| resource["state"] != state));
+        let wrong =
+            ids.iter().find(|id| resources.get(*id).is_none_or(|resource| resource["state"] != state));
         last = wrong.map(|id| format!("{id}: {:?}", resources.get(id))).unwrap_or_default();
         wrong.is_none().then_some(resources)
     })
@@ -194,7 +227,11 @@ fn who_hangs_gets_no_connections_until_he_answers_again() {
     let resources = wait_for(&balancer, &hanging, "down");
     for id in &hanging {
         let check = &resources[id]["check"];
-        assert_eq!((&check["state"], &check["result"]), (&"down".into(), &"timed_out".into()), "{id}: {check}");
+        assert_eq!(
+            (&check["state"], &check["result"]),
+            (&"down".into(), &"timed_out".into()),
+            "{id}: {check}"
+        );
         assert!(check["in_a_row"].as_u64() >= Some(2), "{id}: {check}");
     }
     for pool in &pools {
@@ -262,7 +299,8 @@ fn two_hundred_checks_and_a_hang_are_no_aborted_connects() {
         let text = mariadb(address, &format!("show global status like '{name}'"));
         text.and_then(|text| text.split_whitespace().last()?.parse().ok()).expect("a count")
     };
-    let passed = || balancer.resources().get("maria").and_then(|maria| maria["check"]["passed_total"].as_u64());
+    let passed =
+        || balancer.resources().get("maria").and_then(|maria| maria["check"]["passed_total"].as_u64());
     until("it is checked", || passed().filter(|count| *count > 0));
     let before = (aborted("Aborted_connects"), aborted("Aborted_clients"));
     let first = passed().unwrap_or_default();
@@ -322,8 +360,7 @@ fn what_a_service_or_a_program_says_counts() {
     let mut config = BalancerConfig::default();
     config.pool = check("grpc", "service = \"sql\"");
     let script = "if [ -e \"$1.hang\" ]; then sleep 60; fi; echo $2 is well; test -e \"$1\"";
-    let command =
-        format!("command = ['sh', '-c', '{script}', 'sh', '{}', '{{address}}']", flag.display());
+    let command = format!("command = ['sh', '-c', '{script}', 'sh', '{}', '{{address}}']", flag.display());
     config.add_pool("command", &check("command", &command));
     let ca = pki.path("ca.pem");
     let believed = format!("[pool.check.tls]\nserver_name = \"web.example.com\"\nca = \"{}\"", ca.display());
@@ -345,7 +382,9 @@ fn what_a_service_or_a_program_says_counts() {
     assert_eq!(state("command", "ready")["detail"], format!("{} is well", grpc.address.ip()));
     assert_eq!(state("https", "ready")["detail"], "status 200 OK");
     // Nobody has spoken for it yet: its first result counts alone.
-    assert!(state("stranger", "down")["detail"].as_str().is_some_and(|detail| detail.starts_with("no TLS: ")));
+    assert!(
+        state("stranger", "down")["detail"].as_str().is_some_and(|detail| detail.starts_with("no TLS: "))
+    );
 
     grpc.say(tonic_health::ServingStatus::NotServing);
     assert_eq!(state("grpc", "down")["detail"], "NOT_SERVING");

@@ -1295,10 +1295,16 @@ mod tests {
                 live.open_flow().connect_failed(ConnectFailure::Refused, NOW);
             }
             let mut selector = Selector::new(5);
-            assert!((0..50).all(|_| pick(&table, &mut selector) == 3), "{policy}: the one that takes connections");
+            assert!(
+                (0..50).all(|_| pick(&table, &mut selector) == 3),
+                "{policy}: the one that takes connections"
+            );
             let live = &table.backend(BackendIndex(3)).live;
             live.open_flow().connect_failed(ConnectFailure::Refused, NOW);
-            assert!((0..50).any(|_| pick(&table, &mut selector) != 3), "{policy}: with nobody left, any is tried");
+            assert!(
+                (0..50).any(|_| pick(&table, &mut selector) != 3),
+                "{policy}: with nobody left, any is tried"
+            );
         }
     }
 

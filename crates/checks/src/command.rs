@@ -54,7 +54,12 @@ impl CommandLine {
             }
         };
         // What it said last may be in the pipe still; what it left running may keep that open.
-        let _ = timeout(LAST_WORDS_WITHIN, async { while said.output.is_some() { said.more().await } }).await;
+        let _ = timeout(LAST_WORDS_WITHIN, async {
+            while said.output.is_some() {
+                said.more().await
+            }
+        })
+        .await;
         let said = shown(&said.kept);
         if status.success() {
             return Ok(if said.is_empty() { status.to_string() } else { said });

@@ -155,7 +155,9 @@ impl DnsQuery {
         // Some servers leave the question out of an error.
         let question = self.question();
         let asked = number(4) == 0
-            || message.get(HEAD_BYTES..HEAD_BYTES + question.len()).is_some_and(|q| q.eq_ignore_ascii_case(&question));
+            || message
+                .get(HEAD_BYTES..HEAD_BYTES + question.len())
+                .is_some_and(|q| q.eq_ignore_ascii_case(&question));
         if number(0) != id || !is_answer || !asked {
             return None;
         }
@@ -176,7 +178,11 @@ fn id() -> u16 {
     Jitter::new(seed).next() as u16
 }
 
-pub(crate) async fn ask_udp(query: &DnsQuery, target: SocketAddr, limit: Duration) -> Result<String, Failure> {
+pub(crate) async fn ask_udp(
+    query: &DnsQuery,
+    target: SocketAddr,
+    limit: Duration,
+) -> Result<String, Failure> {
     let socket = udp::connect(target).await.map_err(|why| Failure::Connect(target, why))?;
     let id = id();
     let message = query.encode(id);

@@ -129,7 +129,9 @@ fn grpc_status(trailers: &HeaderMap) -> Result<(), Failure> {
 fn serving(data: &[u8]) -> Result<String, Failure> {
     let wrong = || Failure::Protocol("HealthCheckResponse", format!("{} bytes", data.len()));
     let (prefix, body) = data.split_at_checked(5).ok_or_else(wrong)?;
-    if prefix[0] != 0 || body.len() != u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize {
+    if prefix[0] != 0
+        || body.len() != u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize
+    {
         return Err(wrong());
     }
     let status = match body {
@@ -177,7 +179,9 @@ mod tests {
 
     #[test]
     fn statuses() {
-        let of = |code: &'static str| HeaderMap::from_iter([("grpc-status".parse().unwrap(), code.parse().unwrap())]);
+        let of = |code: &'static str| {
+            HeaderMap::from_iter([("grpc-status".parse().unwrap(), code.parse().unwrap())])
+        };
         assert!(grpc_status(&of("0")).is_ok());
         assert!(grpc_status(&of("12")).unwrap_err().to_string().contains("grpc.health.v1"));
         assert!(grpc_status(&HeaderMap::new()).is_err());

@@ -96,7 +96,8 @@ fn message(bytes: &[u8]) -> Parsed<Message> {
     if !kind.is_ascii_alphabetic() {
         return Err(shown(bytes));
     }
-    let Some(length) = bytes.get(1..5).and_then(|length| length.try_into().ok()).map(u32::from_be_bytes) else {
+    let Some(length) = bytes.get(1..5).and_then(|length| length.try_into().ok()).map(u32::from_be_bytes)
+    else {
         return Ok(None);
     };
     let length = length as usize;

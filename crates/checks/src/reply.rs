@@ -66,7 +66,8 @@ mod tests {
         // RFC 5321 §4.2, RFC 959 §4.2.
         let smtp = b"250-foo.com greets bar.com\r\n250-8BITMIME\r\n250 HELP\r\nmore";
         assert_eq!(Reply::parse(smtp), Ok(Some((reply(250, "foo.com greets bar.com"), smtp.len() - 4))));
-        let ftp = b"123-First line\r\nSecond line\r\n  234 A line beginning with numbers\r\n123 The last line\r\n";
+        let ftp =
+            b"123-First line\r\nSecond line\r\n  234 A line beginning with numbers\r\n123 The last line\r\n";
         assert_eq!(Reply::parse(ftp), Ok(Some((reply(123, "First line"), ftp.len()))));
         assert_eq!(Reply::parse(b"220\r\n"), Ok(Some((reply(220, ""), 5))));
         for length in 0..ftp.len() {

@@ -28,12 +28,7 @@ pub struct Timing {
 
 impl Default for Timing {
     fn default() -> Self {
-        Self {
-            interval: Duration::from_secs(2),
-            fast_interval: Duration::from_millis(500),
-            rise: 2,
-            fall: 3,
-        }
+        Self { interval: Duration::from_secs(2), fast_interval: Duration::from_millis(500), rise: 2, fall: 3 }
     }
 }
 
@@ -118,7 +113,10 @@ impl Jitter {
     }
 
     /// The next number.
-    #[expect(clippy::should_implement_trait, reason = "it never ends and borrows nothing: no iterator's business")]
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "it never ends and borrows nothing: no iterator's business"
+    )]
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         // The upper bits are the better ones.
@@ -142,12 +140,8 @@ mod tests {
 
     use super::*;
 
-    const TIMING: Timing = Timing {
-        interval: Duration::from_secs(10),
-        fast_interval: Duration::from_secs(1),
-        rise: 2,
-        fall: 3,
-    };
+    const TIMING: Timing =
+        Timing { interval: Duration::from_secs(10), fast_interval: Duration::from_secs(1), rise: 2, fall: 3 };
 
     fn changes(results: &[bool]) -> Vec<(usize, Change)> {
         let mut schedule = Schedule::new(TIMING, 1);

@@ -87,7 +87,12 @@ async fn dialogues_end_in_good_order() {
     assert_eq!(outcome.said(), "it says 421 Too many connections, not 220");
     assert_eq!(outcome.verdict(), Verdict::Failed);
 
-    let redis = vec![hear(b"*1\r\n$4\r\nPING\r\n"), Say(b"+PONG\r\n"), hear(b"*1\r\n$4\r\nQUIT\r\n"), Say(b"+OK\r\n")];
+    let redis = vec![
+        hear(b"*1\r\n$4\r\nPING\r\n"),
+        Say(b"+PONG\r\n"),
+        hear(b"*1\r\n$4\r\nQUIT\r\n"),
+        Say(b"+OK\r\n"),
+    ];
     assert_eq!(follow(Dialogue::Redis, redis).await.said(), "PONG");
 
     let xmpp = Xmpp { domain: "a.example".into(), stream: StreamKind::Client };
@@ -124,7 +129,8 @@ async fn databases_see_a_session_begin_and_end() {
     assert_eq!(follow(Dialogue::PostgreSql(PostgreSql::default()), request).await.verdict(), Verdict::Passed);
 
     let of = MySql { user: "u".into(), database: None };
-    const GREETING: &[u8] = b"\x59\0\0\0\x0a5.5.5-10.11.6-MariaDB\0\x05\0\0\0@:~mZI&s\0\xfe\xf7\x2d\x02\0\xff\x81\x15\
+    const GREETING: &[u8] =
+        b"\x59\0\0\0\x0a5.5.5-10.11.6-MariaDB\0\x05\0\0\0@:~mZI&s\0\xfe\xf7\x2d\x02\0\xff\x81\x15\
         \0\0\0\0\0\0\x1d\0\0\0abcdefghijkl\0mysql_native_password\0";
     assert_eq!(usize::from(GREETING[0]), GREETING.len() - 4);
     let mut response = b"\x38\0\0\x01\x01\x82\x08\0\0\0\0\x01\x2d".to_vec();
@@ -139,7 +145,10 @@ async fn databases_see_a_session_begin_and_end() {
         Say(b"\x07\0\0\x04\0\0\0\x02\0\0\0"),
         hear(b"\x01\0\0\0\x01"),
     ];
-    assert_eq!(follow(Dialogue::MySql(of.clone()), switched).await.said(), "5.5.5-10.11.6-MariaDB: a session began");
+    assert_eq!(
+        follow(Dialogue::MySql(of.clone()), switched).await.said(),
+        "5.5.5-10.11.6-MariaDB: a session began"
+    );
     let full = vec![Say(b"\x17\0\0\0\xff\x10\x04Too many connections")];
     assert_eq!(follow(Dialogue::MySql(of), full).await.said(), "error 1040: Too many connections");
 }
@@ -213,7 +222,9 @@ async fn a_late_answer_ends_the_dialogue_that_is_open() {
     let check = CheckConfig { timeout: Duration::from_millis(50), ..config(Dialogue::Ftp) };
     let check = Check::new(check).unwrap();
     // The kernel takes the connection; nobody accepts it.
-    let Begun::Late(outcome, mut waiting) = check.begin(&subject(address)).await else { panic!("nobody answers") };
+    let Begun::Late(outcome, mut waiting) = check.begin(&subject(address)).await else {
+        panic!("nobody answers")
+    };
     assert_eq!(outcome.verdict(), Verdict::TimedOut);
     assert!(timeout(Duration::from_millis(20), waiting.ended()).await.is_err());
     let serving = tokio::spawn(async move {
@@ -232,7 +243,10 @@ async fn another_port_and_another_address() {
     let resource: SocketAddr = "10.0.0.1:5432".parse().unwrap();
     let of = |address: Option<&str>, port| {
         let address = address.map(|address| address.parse().unwrap());
-        Check::new(CheckConfig { address, port, ..config(Dialogue::Tcp) }).unwrap().target(resource).to_string()
+        Check::new(CheckConfig { address, port, ..config(Dialogue::Tcp) })
+            .unwrap()
+            .target(resource)
+            .to_string()
     };
     assert_eq!(of(None, None), "10.0.0.1:5432");
     assert_eq!(of(None, Some(8008)), "10.0.0.1:8008");
@@ -250,7 +264,9 @@ async fn datagrams() {
             socket.send_to(&buffer[..length], from).await.unwrap();
         }
     });
-    let udp = |expect: Option<&[u8]>| Dialogue::Udp(Udp { send: b"ping".to_vec(), expect: expect.map(<[u8]>::to_vec) });
+    let udp = |expect: Option<&[u8]>| {
+        Dialogue::Udp(Udp { send: b"ping".to_vec(), expect: expect.map(<[u8]>::to_vec) })
+    };
     assert_eq!(ended(config(udp(Some(b"pin"))), address).await.said(), "ping");
     assert_eq!(ended(config(udp(Some(b"pong"))), address).await.verdict(), Verdict::Failed);
     // An echo is no answer to a query: nothing comes of it until the time is over.
@@ -352,5 +368,7 @@ async fn tls_is_believed_or_not_asked_about() {
         assert!(outcome.said().starts_with("no TLS: "), "{}", outcome.said());
     }
     std::fs::remove_file(&folder).unwrap();
-    assert!(Check::new(CheckConfig { tls: Some(of(true, None, Some(folder))), ..config(Dialogue::Tls) }).is_err());
+    assert!(
+        Check::new(CheckConfig { tls: Some(of(true, None, Some(folder))), ..config(Dialogue::Tls) }).is_err()
+    );
 }

@@ -8,8 +8,8 @@ use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::time::timeout;
 
-use crate::text::{find, printable, shown};
 use crate::Failure;
+use crate::text::{find, printable, shown};
 
 /// Longest datagram that is looked at.
 const DATAGRAM_BYTES_MAX: usize = 2048;

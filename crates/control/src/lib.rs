@@ -319,7 +319,8 @@ impl Control {
         let notices = notices::stored::restore(config.store.as_ref(), clock)?;
         let remembered = match config.store.take() {
             Some(store) => {
-                remembered::restore(store, &registry, &config.pools, &checker, clock, &config.security).await?
+                remembered::restore(store, &registry, &config.pools, &checker, clock, &config.security)
+                    .await?
             }
             None => Restored::default(),
         };

@@ -260,7 +260,8 @@ impl Reports<'_> {
             }
             Err(error) => {
                 metrics.reported(ReportResult::Refused);
-                let standing = registry.report_refused(id, incarnation, clock.now()).map_err(report_refused)?;
+                let standing =
+                    registry.report_refused(id, incarnation, clock.now()).map_err(report_refused)?;
                 tracing::debug!(resource = %id, %error, "report refused");
                 Ok(parse::ack(sequence, &standing, error.to_string()))
             }

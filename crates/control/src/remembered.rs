@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use allocation::ResourceId;
 use api::v1::{RegisterRequest, Resource, UtilizationScript};
-use prost::Message as _;
 use checks::{Begun, Check, Subject, Verdict};
+use prost::Message as _;
 use registry::versions::{Measure, Reason};
 use registry::{CheckTarget, Chunk, Owner, Registration, Registry, Remembered};
 use store::{Contents, ScriptKind, Store, VersionSetting};
@@ -104,7 +104,9 @@ pub(crate) async fn restore(
     }
     let mut probes = Probes::default();
     // What is not over by then goes on when control runs.
-    let _ = timeout(FIRST_ROUND, probes.round(registry, (checker, pools), registry.unconfirmed(), clock, || ())).await;
+    let _ =
+        timeout(FIRST_ROUND, probes.round(registry, (checker, pools), registry.unconfirmed(), clock, || ()))
+            .await;
     for rebuilt in registry.rebuild(clock.now()) {
         for (publisher, table) in pools[rebuilt.pool].publishers.iter().zip(rebuilt.tables) {
             publisher.publish(table);
@@ -233,7 +235,9 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             return;
         }
         let asking = (&shared.checker, shared.pools.as_slice());
-        probes.round(&shared.registry, asking, unconfirmed, shared.clock, || shared.changed.notify_one()).await;
+        probes
+            .round(&shared.registry, asking, unconfirmed, shared.clock, || shared.changed.notify_one())
+            .await;
         sleep(LOOK_EVERY).await;
     }
 }
@@ -271,7 +275,8 @@ impl Probes {
                 asking.spawn(async move {
                     let subject = Subject { resource: of.id.to_string(), pool, address: of.address };
                     let begun = check.begin(&subject).await;
-                    let passed = matches!(begun, Begun::Ended(outcome) if outcome.verdict() == Verdict::Passed);
+                    let passed =
+                        matches!(begun, Begun::Ended(outcome) if outcome.verdict() == Verdict::Passed);
                     (of, passed)
                 });
             }

@@ -196,9 +196,13 @@ mod tests {
             bools.into_iter().flat_map(move |lease_holds| {
                 [Said::Ready, Said::NotReady, Said::Silent].into_iter().flat_map(move |said| {
                     [Checked::Unknown, Checked::Passes, Checked::Fails].into_iter().flat_map(move |checked| {
-                        [Flows::Work, Flows::Rest, Flows::Due]
-                            .into_iter()
-                            .map(move |flows| Facts { drained, lease_holds, said, checked, flows })
+                        [Flows::Work, Flows::Rest, Flows::Due].into_iter().map(move |flows| Facts {
+                            drained,
+                            lease_holds,
+                            said,
+                            checked,
+                            flows,
+                        })
                     })
                 })
             })
@@ -212,8 +216,10 @@ mod tests {
         assert_eq!(every().count(), 2 * 2 * 3 * 3 * 3);
         for facts in every() {
             let words = words(facts);
-            let fits = |cell: &String, word: &str| cell.is_empty() || cell.split(" or ").any(|one| one == word);
-            let place = rows.iter().position(|row| row.iter().zip(words).all(|(cell, word)| fits(cell, word)));
+            let fits =
+                |cell: &String, word: &str| cell.is_empty() || cell.split(" or ").any(|one| one == word);
+            let place =
+                rows.iter().position(|row| row.iter().zip(words).all(|(cell, word)| fits(cell, word)));
             let place = place.unwrap_or_else(|| panic!("no row for {facts:?}"));
             used[place] = true;
             let health = judge(facts);

@@ -279,7 +279,8 @@ fn a_check_stays_with_the_process_that_it_was_of() {
 #[test]
 fn a_remembered_resource_of_a_checked_pool_keeps_what_its_check_found() {
     let (_, store) = after_ten_minutes();
-    let after = registry(PoolConfig { checked: true, ..pool() }).with_origin(ORIGIN + Duration::from_secs(605));
+    let after =
+        registry(PoolConfig { checked: true, ..pool() }).with_origin(ORIGIN + Duration::from_secs(605));
     store.restore(&after, at(0.0));
     assert!(table(&after, at(0.1)).eligible().is_empty());
     for target in after.check_targets(0) {

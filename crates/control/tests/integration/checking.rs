@@ -61,7 +61,11 @@ async fn status(running: &Running) -> (ResourceState, Option<CheckStatus>) {
     (resource.state(), resource.check)
 }
 
-async fn until(running: &Running, what: &str, passes: impl Fn(ResourceState, &CheckStatus) -> bool) -> CheckStatus {
+async fn until(
+    running: &Running,
+    what: &str,
+    passes: impl Fn(ResourceState, &CheckStatus) -> bool,
+) -> CheckStatus {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let (state, check) = status(running).await;
@@ -88,7 +92,10 @@ async fn a_service_that_hangs_is_out_and_keeps_one_connection() {
     client.register(request).await.unwrap();
     let mut reporter = Reporter::open(&mut client, "ftp1", 1).await;
     reporter.send(0.1).await;
-    until(&running, "a check that passes", |state, check| state == ResourceState::Ready && check.state == "up").await;
+    until(&running, "a check that passes", |state, check| {
+        state == ResourceState::Ready && check.state == "up"
+    })
+    .await;
     assert_eq!(running.publisher.current().eligible().len(), 1);
 
     ftp.answers.store(false, Relaxed);

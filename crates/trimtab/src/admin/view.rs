@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 
 use api::v1::{
-    Candidate, Capabilities, CheckStatus, Decision, ExplainResponse, ListVersionsResponse, PoolStatus, ResourceState,
-    ResourceStatus, VersionStatus,
+    Candidate, Capabilities, CheckStatus, Decision, ExplainResponse, ListVersionsResponse, PoolStatus,
+    ResourceState, ResourceStatus, VersionStatus,
 };
 use serde::Serialize;
 

@@ -48,7 +48,10 @@ const KEYS: [(&str, &[&str]); 19] = [
     ("rcode", &["dns"]),
     ("transport", &["dns"]),
     ("command", &["command"]),
-    ("tls", &["tls", "send_expect", "http", "grpc", "postgresql", "mysql", "redis", "smtp", "ftp", "xmpp", "dns"]),
+    (
+        "tls",
+        &["tls", "send_expect", "http", "grpc", "postgresql", "mysql", "redis", "smtp", "ftp", "xmpp", "dns"],
+    ),
 ];
 
 /// `None`: the pool has no check, or one that is reported as wrong.
@@ -99,9 +102,14 @@ pub(super) fn read(mut section: Section<'_, '_>) -> Option<CheckConfig> {
         section.reader().report(at, Problem::new("there is no DNS over TLS by datagrams", hint));
     }
     section.finish(&[]);
-    dialogue
-        .filter(|_| is_there)
-        .map(|dialogue| CheckConfig { dialogue, timing, timeout, address, port, tls })
+    dialogue.filter(|_| is_there).map(|dialogue| CheckConfig {
+        dialogue,
+        timing,
+        timeout,
+        address,
+        port,
+        tls,
+    })
 }
 
 fn kind(text: &str) -> Result<&'static str, Problem> {
@@ -203,8 +211,7 @@ impl Texts {
     }
 
     fn dialogue(self, kind: &str) -> Result<Dialogue, Problem> {
-        let missing =
-            |key: &str, hint: &str| Problem::new(format!("`pool.check.{key}` is missing"), hint);
+        let missing = |key: &str, hint: &str| Problem::new(format!("`pool.check.{key}` is missing"), hint);
         Ok(match kind {
             "tcp" => Dialogue::Tcp,
             "tls" => Dialogue::Tls,
@@ -253,7 +260,9 @@ impl Texts {
                 transport: self.transport.unwrap_or_default(),
             }),
             "udp" => {
-                let send = self.send.ok_or_else(|| missing("send", "add what the datagram says: send = \"ping\""))?;
+                let send = self
+                    .send
+                    .ok_or_else(|| missing("send", "add what the datagram says: send = \"ping\""))?;
                 Dialogue::Udp(Udp { send, expect: self.expect })
             }
             _ => {
@@ -287,7 +296,9 @@ fn word_or_none(text: &str) -> Result<String, Problem> {
 fn host(text: &str) -> Result<String, Problem> {
     match http::uri::Authority::from_str(text) {
         Ok(_) => Ok(text.to_owned()),
-        Err(_) => Err(Problem::new(format!("{text:?} is no host"), "write \"example.com\" or \"example.com:8080\"")),
+        Err(_) => {
+            Err(Problem::new(format!("{text:?} is no host"), "write \"example.com\" or \"example.com:8080\""))
+        }
     }
 }
 
@@ -312,7 +323,10 @@ fn dns_name(text: &str) -> Result<DnsName, Problem> {
 
 fn bytes(text: &str) -> Result<Vec<u8>, Problem> {
     let bytes = checks::unescape(text).map_err(|error| {
-        Problem::new(error.to_string(), "in a text of double quotes, TOML wants each backslash twice; 'single quotes' do not")
+        Problem::new(
+            error.to_string(),
+            "in a text of double quotes, TOML wants each backslash twice; 'single quotes' do not",
+        )
     })?;
     if bytes.len() > TEXT_BYTES_MAX {
         let message = format!("it has {} bytes", bytes.len());
@@ -323,7 +337,10 @@ fn bytes(text: &str) -> Result<Vec<u8>, Problem> {
 
 fn argument(text: &str) -> Result<String, Problem> {
     if text.contains('\0') || text.len() > TEXT_BYTES_MAX {
-        return Err(Problem::new("this can be no argument of a program", "write a shorter one, without \\u0000"));
+        return Err(Problem::new(
+            "this can be no argument of a program",
+            "write a shorter one, without \\u0000",
+        ));
     }
     Ok(text.to_owned())
 }

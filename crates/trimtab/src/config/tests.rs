@@ -960,8 +960,14 @@ fn how_pools_are_checked() {
         ("kind = \"dns\"\nname = \"a\"\n[pool.check.tls]", "there is no DNS over TLS by datagrams"),
         ("kind = \"send_expect\"", "`pool.check.expect` is missing"),
         ("kind = \"udp\"\nsend = '\\q'", "there is no escape"),
-        ("kind = \"http\"\nstatus = \"20\"\npath = \"x\"", "f:5:10: error: `pool.check.status`: \"20\" names no statuses"),
-        ("kind = \"http\"\nstatus = \"200\"\npath = \"x\"", "f:6:8: error: `pool.check.path`: \"x\" is no path"),
+        (
+            "kind = \"http\"\nstatus = \"20\"\npath = \"x\"",
+            "f:5:10: error: `pool.check.status`: \"20\" names no statuses",
+        ),
+        (
+            "kind = \"http\"\nstatus = \"200\"\npath = \"x\"",
+            "f:6:8: error: `pool.check.path`: \"x\" is no path",
+        ),
         ("kind = \"tcp\"\ninterval = \"1s\"\nfast_interval = \"2s\"", "`pool.check.fast_interval` is longer"),
         ("kind = \"tcp\"\nrise = 0\nport = 0", "f:6:8: error: `pool.check.port`: 0 is out of range"),
         ("kind = \"command\"", "`pool.check.command` is missing"),
