@@ -152,6 +152,20 @@ impl DnsServer {
         });
     }
 
+    /// Stops it where it is: the kernel still takes what comes for it.
+    pub fn freeze(&mut self) {
+        if let Some(process) = &mut self.process {
+            process.signal(Signal::STOP);
+        }
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&mut self) {
+        if let Some(process) = &mut self.process {
+            process.signal(Signal::CONT);
+        }
+    }
+
     /// Puts the zone back to what it was at first, as after a restore from an old backup. Only while it is stopped.
     ///
     /// # Panics

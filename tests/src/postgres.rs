@@ -74,6 +74,11 @@ impl Postgres {
         self.process.id()
     }
 
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        self.process.stderr()
+    }
+
     /// Sessions that clients ever had, by its own count.
     ///
     /// # Panics

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::trimtab::target_folder;
@@ -94,7 +95,7 @@ impl Exporter {
 pub struct MariaDb {
     address: SocketAddr,
     // Before the folder: it writes there.
-    _process: Process,
+    process: Process,
     _folder: TempDir,
 }
 
@@ -105,6 +106,15 @@ impl MariaDb {
     /// When it is not installed or does not start.
     #[track_caller]
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Starts one with these further arguments.
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    #[track_caller]
+    pub fn start_with(further: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let data = format!("--datadir={}/data", folder.path().display());
         let made = Command::new("mariadb-install-db")
@@ -125,17 +135,28 @@ impl MariaDb {
             "--innodb-buffer-pool-size=16M",
             &data,
         ]);
+        command.args(further);
         command.arg(format!("--bind-address={}", address.ip())).arg(format!("--port={}", address.port()));
         command.arg(format!("--socket={}/socket", folder.path().display()));
         command.arg(format!("--init-file={}", grant.display()));
         let process = start("mariadbd", &mut command);
         until("MariaDB answers", || connect(address).ok());
-        Self { address, _process: process, _folder: folder }
+        Self { address, process, _folder: folder }
     }
 
     /// Where it serves.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Stops it where it is: the kernel still takes connections for it.
+    pub fn freeze(&mut self) {
+        self.process.signal(Signal::STOP);
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&mut self) {
+        self.process.signal(Signal::CONT);
     }
 }
 

@@ -127,6 +127,7 @@ fn serve(
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pools: vec![Pool {
             config: PoolConfig::new(name, Policy::Adaptive),
+            check: None,
             publishers: vec![publisher],
             listeners: Vec::new(),
         }],

@@ -1287,6 +1287,28 @@ mod tests {
     }
 
     #[test]
+    fn refusals_are_certain_however_many_there_are() {
+        for policy in Policy::ALL.into_iter().filter(|policy| *policy != Policy::Maglev) {
+            let table = table(policy, &[1.0; 4]);
+            for index in 0..3 {
+                let live = &table.backend(BackendIndex(index)).live;
+                live.open_flow().connect_failed(ConnectFailure::Refused, NOW);
+            }
+            let mut selector = Selector::new(5);
+            assert!(
+                (0..50).all(|_| pick(&table, &mut selector) == 3),
+                "{policy}: the one that takes connections"
+            );
+            let live = &table.backend(BackendIndex(3)).live;
+            live.open_flow().connect_failed(ConnectFailure::Refused, NOW);
+            assert!(
+                (0..50).any(|_| pick(&table, &mut selector) != 3),
+                "{policy}: with nobody left, any is tried"
+            );
+        }
+    }
+
+    #[test]
     fn in_a_saturated_pool_time_outs_eject_nobody_and_resets_do() {
         let table = AllocationTable::build(crate::TableSpec {
             ignore_time_outs: true,

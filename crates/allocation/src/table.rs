@@ -103,6 +103,8 @@ pub enum LeftOut {
     Draining,
     /// It says itself that it is not ready.
     NotReady,
+    /// Its active checks fail.
+    ChecksFail,
     /// It is remembered from before a restart, and has not answered yet.
     Unproven,
     /// Its lease is over.
@@ -121,6 +123,7 @@ impl fmt::Display for LeftOut {
             Self::Not => "it is considered",
             Self::Draining => "an operator drains it",
             Self::NotReady => "it reports that it is not ready",
+            Self::ChecksFail => "its checks fail",
             Self::Unproven => "it is remembered from before the restart and has not answered yet",
             Self::Expired => "its lease is over: no report came in time",
             Self::Requirement => "it does not meet the requirement",

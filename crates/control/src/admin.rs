@@ -64,6 +64,7 @@ impl AdminService for Admin {
         let statuses = shared.registry.resources(pool.as_ref(), shared.clock.now()).map_err(unknown_pool)?;
         let mut resources: Vec<_> = statuses.iter().map(parse::resource_status).collect();
         for (wire, status) in resources.iter_mut().zip(&statuses) {
+            wire.check = shared.checker.status(status.registration.id());
             if let Some(resource) = &mut wire.resource {
                 resource.utilization_script = shared.puller.script(status.registration.id());
             }

@@ -53,6 +53,13 @@ pub(crate) fn answer(shared: &Shared, question: &Question) -> Result<v1::Explain
     let mut response = wire(&explanation);
     for (candidate, known) in response.candidates.iter_mut().zip(&explanation.candidates) {
         candidate.notes.extend(shared.puller.note(&known.id));
+        candidate.check = shared.checker.status(&known.id);
+        let Some(note) = shared.checker.note(&known.id) else { continue };
+        if known.left_out == Some(registry::LeftOut::ChecksFail) {
+            candidate.left_out = note;
+        } else {
+            candidate.notes.push(note);
+        }
     }
     if let Some(publisher) = place.and_then(|place| shared.pools[place].publishers.get(table)) {
         foretell(shared, &publisher.current(), question, now, &mut response);
@@ -155,6 +162,7 @@ fn wire_candidate(candidate: &Candidate, rate_unit: &str) -> v1::Candidate {
         latency_seconds: candidate.latency.map_or(0.0, |latency| latency.as_secs_f64()),
         scores: scores.collect(),
         forecast: candidate.forecast.unwrap_or(-1.0),
+        check: None,
     }
 }
 

@@ -350,6 +350,15 @@ impl Shared {
         }
     }
 
+    /// What a resource's checks found is an event; nothing waits for it.
+    pub(crate) fn keep_check(&self, id: &ResourceId, pool: &str, passes: bool, said: &str) {
+        let Some(keeper) = &self.keeper else { return };
+        let kind = if passes { EventKind::ChecksPass } else { EventKind::ChecksFail };
+        let mut event = keeper.event(kind, Some(id), None, said.to_owned());
+        event.pool = Some(pool.to_owned());
+        drop(keeper.write(Some(event), |_| Ok(())));
+    }
+
     fn version_setting(&self, pool: &PoolName, version: &str) -> Option<VersionSetting> {
         let now = self.registry.version_share(pool, version)?;
         let aborted =

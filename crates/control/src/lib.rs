@@ -4,6 +4,7 @@
 //! gRPC  RegistrationService, AdminService  -> registry::Registry       parsed at the first line of each handler
 //! tick  Registry::expire, ::rebuild        -> allocation::Publisher    woken by changes and by the next deadline
 //! HTTP  /metrics /livez /readyz            <- Registry, DataplaneView  read when asked
+//! Checker  active checks of services       -> registry::Registry       rise, fall
 //! Provider  an orchestrator's resources    -> registry::Registry       followed by its events
 //! ```
 //!
@@ -16,6 +17,7 @@
 
 mod admin;
 mod beneath;
+mod checker;
 mod clock;
 mod decision_log;
 mod dns;
@@ -50,11 +52,13 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, oneshot, watch};
 
 use crate::beneath::Beneath;
+use crate::checker::Checker;
 use crate::clock::Clock;
 use crate::metrics::Metrics;
 use crate::notices::Notices;
 use crate::security::{Security, Tls};
 
+pub use crate::checker::CheckError;
 pub use crate::notices::is_control_address;
 pub use crate::notices::maintenance::{Maintenance, Schedule, ScheduleError};
 pub use crate::notices::peers::Zone;
@@ -98,6 +102,8 @@ impl Phase {
 pub struct Pool {
     /// How it allocates.
     pub config: PoolConfig,
+    /// How its resources are checked actively; `None`: they are not.
+    pub check: Option<checks::CheckConfig>,
     /// Where its tables are published: one for the pool's own requirement, then one for each of [`PoolConfig::tables`].
     pub publishers: Vec<Publisher>,
     /// The listeners that serve it, for people to read.
@@ -185,6 +191,9 @@ pub enum StartError {
     /// The authorities of utilization scripts cannot be read.
     #[error("control.pull.ca: {0}")]
     PullCa(#[from] fetch::CaError),
+    /// The authorities of a check cannot be read.
+    #[error(transparent)]
+    Check(#[from] CheckError),
     /// The decision log cannot be written.
     #[error("decisions.log cannot be opened at {}: {source}", path.display())]
     DecisionLog {
@@ -240,6 +249,7 @@ struct Shared {
     notices: Notices,
     beneath: Beneath,
     puller: Puller,
+    checker: Checker,
     dataplane: Arc<dyn DataplaneView>,
     phase: watch::Receiver<Phase>,
     /// Ids that agents may not use.
@@ -264,6 +274,7 @@ pub struct Control {
     clock: Clock,
     remembered: Restored,
     notices: notices::book::Book,
+    checker: Checker,
 }
 
 impl std::fmt::Debug for Control {
@@ -302,12 +313,14 @@ impl Control {
         let registry = registry.with_origin(clock.began());
         let decision_log = config.decision_log.clone().map(decision_log::Writer::open).transpose()?;
         let fetch_tls = config.pull.ca.as_deref().map(fetch::Tls::with_ca).transpose()?.unwrap_or_default();
+        let checker = Checker::new(&config.pools)?;
         let (grpc, grpc_address) = bind("control.listen", config.listen).await?;
         let (http, http_address) = bind("http.listen", config.http).await?;
         let notices = notices::stored::restore(config.store.as_ref(), clock)?;
         let remembered = match config.store.take() {
             Some(store) => {
-                remembered::restore(store, &registry, &config.pools, clock, &config.security).await?
+                remembered::restore(store, &registry, &config.pools, &checker, clock, &config.security)
+                    .await?
             }
             None => Restored::default(),
         };
@@ -325,6 +338,7 @@ impl Control {
             clock,
             remembered,
             notices,
+            checker,
         })
     }
 
@@ -372,6 +386,7 @@ impl Control {
             changed: Notify::new(),
             metrics: Metrics::new(&config.version),
             puller: Puller::new(config.pull, self.fetch_tls, vec![self.grpc_address, self.http_address]),
+            checker: self.checker,
             dataplane: config.dataplane,
             phase: phase.clone(),
             reserved: provider::Reserved::of(&config.providers),
@@ -391,6 +406,7 @@ impl Control {
         let webhook = tokio::spawn(notices::webhook::run(Arc::clone(&shared)));
         let telling = tokio::spawn(notices::stored::run(Arc::clone(&shared)));
         let prober = tokio::spawn(prober::run(Arc::clone(&shared)));
+        let checker = tokio::spawn(checker::run(Arc::clone(&shared)));
         let log =
             self.decision_log.map(|writer| tokio::spawn(decision_log::run(writer, Arc::clone(&shared))));
         let keeping = tokio::spawn(keeper::run(Arc::clone(&shared)));
@@ -402,7 +418,7 @@ impl Control {
             .map(|of| tokio::spawn(provider::run(Arc::clone(&shared), of)))
             .collect();
         let served = grpc::serve(self.grpc, Arc::clone(&shared)).await;
-        for task in [http, prober, leave, maintenance, peers, webhook, telling, keeping, remembering]
+        for task in [http, prober, checker, leave, maintenance, peers, webhook, telling, keeping, remembering]
             .into_iter()
             .chain(log)
             .chain(providers)

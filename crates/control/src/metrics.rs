@@ -194,6 +194,7 @@ impl Metrics {
         write_versions(&mut text, shared, now);
         write_histograms(&mut text, &listeners);
         write_resources(&mut text, &resources);
+        shared.checker.write(&mut text, &shared.pools);
         crate::dns::write(&mut text, &shared.dns.now());
         if let Some(keeper) = &shared.keeper {
             write_store(&mut text, &keeper.stats());

@@ -167,6 +167,7 @@ pub(crate) fn resource_status(status: &ResourceStatus) -> v1::ResourceStatus {
         utilization: ratios(status.utilization.as_deref()),
         lease_left: Some(wire_duration(status.lease_left)),
         reports_refused_total: status.reports_refused,
+        check: None,
     }
 }
 

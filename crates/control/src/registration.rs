@@ -188,7 +188,7 @@ impl Reports<'_> {
                 }
                 () = tokio::time::sleep(CHECK_EVERY) => {
                     self.shared.security.still_holds(self.caller)?;
-                    self.shared.registry.standing(&id, incarnation).map_err(report_refused)?;
+                    self.shared.registry.standing(&id, incarnation, self.shared.clock.now()).map_err(report_refused)?;
                 }
             }
         }
@@ -260,7 +260,8 @@ impl Reports<'_> {
             }
             Err(error) => {
                 metrics.reported(ReportResult::Refused);
-                let standing = registry.report_refused(id, incarnation).map_err(report_refused)?;
+                let standing =
+                    registry.report_refused(id, incarnation, clock.now()).map_err(report_refused)?;
                 tracing::debug!(resource = %id, %error, "report refused");
                 Ok(parse::ack(sequence, &standing, error.to_string()))
             }

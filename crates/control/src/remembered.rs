@@ -1,5 +1,6 @@
 //! What is remembered from before a restart: taken back at start, and connected to before it gets any flow.
 //!
+//! * Where the pool has an active check, that is what it is asked; once at start here, and then as every other (`checker`).
 //! * A remembered resource that answers gets flows until it reports, however long that takes, and is connected to again every
 //!   [`AGAIN_AFTER`]; the dataplane sees by itself when it fails between. One that does not answer gets none, is tried again
 //!   with a growing pause, and is forgotten when it has not answered for [`LEASE`].
@@ -11,14 +12,15 @@ use std::time::Duration;
 
 use allocation::ResourceId;
 use api::v1::{RegisterRequest, Resource, UtilizationScript};
+use checks::{Begun, Check, Subject, Verdict};
 use prost::Message as _;
 use registry::versions::{Measure, Reason};
-use registry::{Chunk, Owner, Registration, Registry, Remembered, Unconfirmed};
+use registry::{CheckTarget, Chunk, Owner, Registration, Registry, Remembered};
 use store::{Contents, ScriptKind, Store, VersionSetting};
-use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::checker::Checker;
 use crate::clock::Clock;
 use crate::keeper::Keeper;
 use crate::pull::{Puller, Script};
@@ -27,7 +29,7 @@ use crate::tokens::TokenBook;
 use crate::{Pool, Shared, StartError, kept_tokens, parse};
 
 /// How long a resource that neither answers nor reports is remembered: a host that is being mended comes back within it.
-const LEASE: Duration = Duration::from_secs(3600);
+pub(crate) const LEASE: Duration = Duration::from_secs(3600);
 const CONNECT_WITHIN: Duration = Duration::from_secs(1);
 const AT_ONCE: usize = 256;
 /// At start flows wait in the listeners' backlogs for so long at most: resources that are there answer in less.
@@ -58,6 +60,7 @@ pub(crate) async fn restore(
     store: Store,
     registry: &Registry,
     pools: &[Pool],
+    checker: &Checker,
     clock: Clock,
     security: &SecurityConfig,
 ) -> Result<Restored, StartError> {
@@ -101,7 +104,9 @@ pub(crate) async fn restore(
     }
     let mut probes = Probes::default();
     // What is not over by then goes on when control runs.
-    let _ = timeout(FIRST_ROUND, probes.round(registry, clock, || ())).await;
+    let _ =
+        timeout(FIRST_ROUND, probes.round(registry, (checker, pools), registry.unconfirmed(), clock, || ()))
+            .await;
     for rebuilt in registry.rebuild(clock.now()) {
         for (publisher, table) in pools[rebuilt.pool].publishers.iter().zip(rebuilt.tables) {
             publisher.publish(table);
@@ -220,10 +225,19 @@ pub(crate) fn follow(shared: &Arc<Shared>, all: Vec<Followed>) {
     }
 }
 
-/// Connects to those that are only remembered, until there is none.
+/// Connects to those that are only remembered and not checked otherwise, until there is none.
 pub(crate) async fn run(shared: Arc<Shared>) {
     let mut probes = Probes::default();
-    while probes.round(&shared.registry, shared.clock, || shared.changed.notify_one()).await {
+    loop {
+        let mut unconfirmed = shared.registry.unconfirmed();
+        unconfirmed.retain(|of| shared.checker.check(of.pool).is_none());
+        if unconfirmed.is_empty() {
+            return;
+        }
+        let asking = (&shared.checker, shared.pools.as_slice());
+        probes
+            .round(&shared.registry, asking, unconfirmed, shared.clock, || shared.changed.notify_one())
+            .await;
         sleep(LOOK_EVERY).await;
     }
 }
@@ -240,28 +254,37 @@ struct Due {
 }
 
 impl Probes {
-    /// Connects to all that are due. False: nobody is only remembered any more.
-    async fn round(&mut self, registry: &Registry, clock: Clock, changed: impl Fn()) -> bool {
-        let unconfirmed = registry.unconfirmed();
-        if unconfirmed.is_empty() {
-            return false;
-        }
+    /// Asks all of these that are due: by their pool's check, or by connecting to them.
+    async fn round(
+        &mut self,
+        registry: &Registry,
+        (checker, pools): (&Checker, &[Pool]),
+        all: Vec<CheckTarget>,
+        clock: Clock,
+        changed: impl Fn(),
+    ) {
         let now = Instant::now();
-        let is_due = |of: &Unconfirmed| self.due.get(&of.id).is_none_or(|due| due.at <= now);
-        let mut queue: VecDeque<Unconfirmed> = unconfirmed.into_iter().filter(is_due).collect();
-        let mut connecting = JoinSet::new();
+        let is_due = |of: &CheckTarget| self.due.get(&of.id).is_none_or(|due| due.at <= now);
+        let mut queue: VecDeque<CheckTarget> = all.into_iter().filter(is_due).collect();
+        let connect = Arc::new(Check::of_connect(CONNECT_WITHIN));
+        let mut asking = JoinSet::new();
         loop {
-            while let Some(next) = (connecting.len() < AT_ONCE).then(|| queue.pop_front()).flatten() {
-                connecting.spawn(async move {
-                    let answers = timeout(CONNECT_WITHIN, TcpStream::connect(next.address)).await;
-                    (next, matches!(answers, Ok(Ok(_))))
+            while let Some(of) = (asking.len() < AT_ONCE).then(|| queue.pop_front()).flatten() {
+                let check = Arc::clone(checker.check(of.pool).unwrap_or(&connect));
+                let pool = pools[of.pool].config.name.to_string();
+                asking.spawn(async move {
+                    let subject = Subject { resource: of.id.to_string(), pool, address: of.address };
+                    let begun = check.begin(&subject).await;
+                    let passed =
+                        matches!(begun, Begun::Ended(outcome) if outcome.verdict() == Verdict::Passed);
+                    (of, passed)
                 });
             }
-            let Some(joined) = connecting.join_next().await else { return true };
+            let Some(joined) = asking.join_next().await else { return };
             // Nothing in it panics.
             let Ok((of, answers)) = joined else { continue };
-            if registry.probed(&of, answers, LEASE, clock.now()) {
-                tracing::info!(resource = %of.id, address = %of.address, answers, "a remembered resource was connected to");
+            if registry.checked(&of, answers, LEASE, clock.now()) {
+                tracing::info!(resource = %of.id, address = %of.address, answers, "a remembered resource was asked");
                 changed();
             }
             self.note(of.id, answers);

@@ -57,7 +57,11 @@ impl Tls {
         TlsConnector::from(self.config()?).connect(name, stream).await
     }
 
-    fn config(&self) -> io::Result<Arc<ClientConfig>> {
+    /// The same for who brings a stream of his own; made at the first call.
+    ///
+    /// # Errors
+    /// When the provider of cryptography has no safe version of TLS: a fault of ours.
+    pub fn config(&self) -> io::Result<Arc<ClientConfig>> {
         if let Some(config) = self.config.get() {
             return Ok(Arc::clone(config));
         }

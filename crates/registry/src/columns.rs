@@ -5,6 +5,8 @@
 
 use allocation::{LeftOut, Timestamp};
 
+use crate::health::{self, Against, Checked, Facts, Flows, NewFlows, Said};
+
 /// Makes [`Row`] and [`Columns`] of one list of fields.
 macro_rules! columns {
     ($($(#[$doc:meta])* $field:ident: $type:ty,)*) => {
@@ -40,7 +42,7 @@ macro_rules! columns {
 }
 
 columns! {
-    /// Whether it may get flows while its lease lasts: what [`Columns::decide`] made of the next five.
+    /// Whether it may get flows while its lease lasts: what [`Columns::decide`] made of the next five and its requirements.
     wanted: bool,
     /// False: nobody has the slot.
     occupied: bool,
@@ -50,8 +52,8 @@ columns! {
     drained: bool,
     /// It is from before a restart, and has said nothing since.
     remembered: bool,
-    /// If so: it answers when it is connected to.
-    answers: bool,
+    /// By asking its service.
+    checked: Checked,
     /// It has reported a rate of operations, now or before.
     carries_operations: bool,
     /// Which of the pool's tables it may be in, by the requirements it meets: a bit each. Bit 0 is the pool's own.
@@ -101,29 +103,49 @@ impl Columns {
     /// Says again whether the slot's resource may get flows.
     pub(crate) fn decide(&mut self, slot: usize) {
         let meets = self.tables[slot] & 1 == 1;
-        let there = self.occupied[slot] && !self.is_unproven(slot);
-        self.wanted[slot] = there && self.ready[slot] && !self.drained[slot] && meets;
+        self.wanted[slot] = self.occupied[slot] && meets && self.is_against(slot, Timestamp::ZERO).is_none();
     }
 
-    /// Whether nobody knows if it is still there.
-    pub(crate) fn is_unproven(&self, slot: usize) -> bool {
-        self.remembered[slot] && !self.answers[slot]
+    /// What is known of the slot's resource, but for its flows, which only the dataplane knows.
+    fn facts(&self, slot: usize, now: Timestamp) -> Facts {
+        let said = match (self.ready[slot], self.remembered[slot]) {
+            (false, _) => Said::NotReady,
+            (true, true) => Said::Silent,
+            (true, false) => Said::Ready,
+        };
+        Facts {
+            drained: self.drained[slot],
+            lease_holds: self.lease_until[slot] > now,
+            said,
+            checked: self.checked[slot],
+            flows: Flows::Work,
+        }
+    }
+
+    /// The same with them.
+    pub(crate) fn facts_with(&self, slot: usize, flows: Flows, now: Timestamp) -> Facts {
+        Facts { flows, ..self.facts(slot, now) }
+    }
+
+    /// What keeps the slot's resource out of every table, whatever its flows say.
+    pub(crate) fn is_against(&self, slot: usize, now: Timestamp) -> Option<Against> {
+        match health::judge(self.facts(slot, now)).new_flows {
+            NewFlows::None(against) => Some(against),
+            NewFlows::All | NewFlows::One => None,
+        }
     }
 
     /// Why the slot's resource is left out of a table, if it is.
     pub(crate) fn left_out(&self, slot: usize, table: usize, now: Timestamp) -> LeftOut {
-        if self.drained[slot] {
-            LeftOut::Draining
-        } else if !self.ready[slot] {
-            LeftOut::NotReady
-        } else if self.is_unproven(slot) {
-            LeftOut::Unproven
-        } else if self.lease_until[slot] <= now {
-            LeftOut::Expired
-        } else if self.tables[slot] >> table & self.tables[slot] & 1 == 0 {
-            LeftOut::Requirement
-        } else {
-            LeftOut::Not
+        match self.is_against(slot, now) {
+            Some(Against::Operator) => LeftOut::Draining,
+            Some(Against::Lease) => LeftOut::Expired,
+            Some(Against::Itself) => LeftOut::NotReady,
+            Some(Against::Checks) => LeftOut::ChecksFail,
+            Some(Against::Unproven) => LeftOut::Unproven,
+            None if self.tables[slot] >> table & self.tables[slot] & 1 == 0 => LeftOut::Requirement,
+            // Selection asks the dataplane's own facts.
+            Some(Against::Flows) | None => LeftOut::Not,
         }
     }
 }

@@ -65,6 +65,8 @@ pub struct PoolConfig {
     pub criteria: Vec<Criterion>,
     /// Versions that new flows are divided between.
     pub split: Option<SplitConfig>,
+    /// Whether somebody checks its resources actively, and says what came of it ([`crate::Registry::checked`]).
+    pub checked: bool,
     /// How far ahead to look for hours in which a resource was busy on earlier days; `None`: not at all.
     pub forecast: Option<Duration>,
 }
@@ -81,6 +83,7 @@ impl PoolConfig {
             tables: Vec::new(),
             criteria: Vec::new(),
             split: None,
+            checked: false,
             forecast: None,
         }
     }

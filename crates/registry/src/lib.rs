@@ -19,6 +19,7 @@
 mod columns;
 mod config;
 pub mod criteria;
+pub mod health;
 pub mod history;
 mod labels;
 mod memory;
@@ -37,9 +38,10 @@ pub mod versions;
 
 pub use config::{CRITERIA_MAX, Config, ConfigError, Knobs, Limits, PoolConfig, TABLES_MAX};
 pub use criteria::{Criterion, CriterionError, Direction, Footprint};
+pub use health::Checked;
 pub use history::{Aggregate, Answer, Chunk, History};
 pub use labels::{LABEL_BYTES_MAX, LabelsError, effective_labels, parse_labels};
-pub use memory::{Estimates, Kept, Remembered, Unconfirmed, VersionShareNow};
+pub use memory::{CheckTarget, Estimates, Kept, Remembered, VersionShareNow};
 pub use offer::Offer;
 pub use registration::{Owner, RawRegistration, Registration, RegistrationError};
 pub use registry::{

@@ -1,7 +1,7 @@
 //! What outlives a restart: given to whoever keeps it, and taken back. The registry keeps nothing itself; a store does.
 //!
 //! A resource that is taken back is *remembered*: it has its weight, its history and an operator's drain, and gets no flow
-//! until it answers when it is connected to ([`Registry::probed`]). Its first registration or report makes it one like any
+//! until its service answers ([`Registry::checked`]). Its first registration or report makes it one like any
 //! other. One that neither answers nor reports leaves as its lease ends, like any other.
 
 use std::net::SocketAddr;
@@ -14,7 +14,7 @@ use dashmap::Entry as Place;
 
 use crate::history::Chunk;
 use crate::policy::Estimator;
-use crate::pool::Pool;
+use crate::pool::{Member, Pool};
 use crate::versions::Reason;
 use crate::{CapabilityError, Labels, RegisterError, Registration, Registry, ShareError};
 
@@ -69,15 +69,17 @@ pub struct Remembered {
     pub history: Vec<Chunk>,
 }
 
-/// A resource that is only remembered, and where it may answer.
+/// A resource whose service is to be asked whether it works.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unconfirmed {
+pub struct CheckTarget {
     /// Which one.
     pub id: ResourceId,
     /// Its incarnation.
     pub incarnation: u64,
     /// Where it serves.
     pub address: SocketAddr,
+    /// Its pool's place in [`crate::Config::pools`].
+    pub pool: usize,
 }
 
 /// A version's share as it is set now.
@@ -133,7 +135,7 @@ impl Registry {
         let mut pool = self.lock(index);
         let (slot, error_penalty) = (entry.slot, f64::from(pool.config.knobs.error_penalty));
         let mut row = pool.columns.row(slot);
-        (row.remembered, row.answers, row.ready) = (true, false, ready);
+        (row.remembered, row.ready) = (true, ready);
         // It is no newcomer.
         row.slow_until = Timestamp::ZERO;
         row.lease_until = now + lease;
@@ -165,38 +167,43 @@ impl Registry {
     }
 
     /// The resources that are only remembered: to be connected to.
-    pub fn unconfirmed(&self) -> Vec<Unconfirmed> {
-        let of_pool = |index: usize| {
-            let pool = self.lock(index);
-            let members = pool.members.iter().enumerate();
-            let remembered = members.filter(|(slot, _)| pool.columns.remembered[*slot]);
-            let unconfirmed = remembered.filter_map(|(_, member)| {
-                let member = member.as_ref()?;
-                let (id, address) = (member.backend.id.clone(), member.backend.address);
-                Some(Unconfirmed { id, incarnation: member.incarnation, address })
-            });
-            unconfirmed.collect::<Vec<_>>()
-        };
-        (0..self.pools.len()).flat_map(of_pool).collect()
+    pub fn unconfirmed(&self) -> Vec<CheckTarget> {
+        let remembered = |pool: &Pool, slot: usize| pool.columns.remembered[slot];
+        (0..self.pools.len()).flat_map(|index| self.targets(index, remembered)).collect()
     }
 
-    /// Takes note that a remembered resource answered, or did not: in the first case it gets flows and stays for another
-    /// `lease`. True: whether it gets flows has changed. One that has said something itself meanwhile is left alone.
-    pub fn probed(&self, of: &Unconfirmed, answers: bool, lease: Duration, now: Timestamp) -> bool {
+    /// Every resource of a pool, by the pool's place in [`crate::Config::pools`]; empty where there is no such pool.
+    pub fn check_targets(&self, pool: usize) -> Vec<CheckTarget> {
+        if pool < self.pools.len() { self.targets(pool, |_, _| true) } else { Vec::new() }
+    }
+
+    fn targets(&self, index: usize, wanted: impl Fn(&Pool, usize) -> bool) -> Vec<CheckTarget> {
+        let pool = self.lock(index);
+        let members = pool.members.iter().enumerate();
+        let target = |(slot, member): (usize, &Option<Member>)| {
+            let member = member.as_ref().filter(|_| wanted(&pool, slot))?;
+            let (id, address) = (member.backend.id.clone(), member.backend.address);
+            Some(CheckTarget { id, incarnation: member.incarnation, address, pool: index })
+        };
+        members.filter_map(target).collect()
+    }
+
+    /// Takes note of what asking a resource's service came to. One that is only remembered stays for another `lease` where it
+    /// passes. True: that is news. In a pool without checks, who has said something itself meanwhile is left alone; nothing that
+    /// concerns a former incarnation counts.
+    pub fn checked(&self, of: &CheckTarget, passes: bool, lease: Duration, now: Timestamp) -> bool {
         let Some(entry) = self.resources.get(&of.id) else { return false };
         let mut pool = self.lock(entry.pool);
         let slot = entry.slot;
-        if entry.registration.incarnation() != of.incarnation || !pool.columns.remembered[slot] {
+        let remembered = pool.columns.remembered[slot];
+        let is_another = entry.pool != of.pool || entry.registration.incarnation() != of.incarnation;
+        if is_another || !(remembered || pool.config.checked) {
             return false;
         }
-        if answers {
+        if passes && remembered {
             pool.renew(slot, lease, now);
         }
-        let changed = pool.columns.answers[slot] != answers;
-        pool.columns.answers[slot] = answers;
-        pool.columns.decide(slot);
-        pool.dirty |= changed;
-        changed
+        pool.checked(slot, passes)
     }
 
     /// A version's share as it is set now; `None`: there is no such version.

@@ -11,6 +11,7 @@ use allocation::{
 };
 
 use crate::columns::{Columns, Row, tick};
+use crate::health::Checked;
 use crate::history::Chunk;
 use crate::past::{Arrivals, Past};
 use crate::policy::{
@@ -213,7 +214,7 @@ impl Pool {
             ready: true,
             drained,
             remembered: false,
-            answers: false,
+            checked: Checked::Unknown,
             carries_operations: false,
             tables: fit.tables,
             side: fit.side,
@@ -314,10 +315,24 @@ impl Pool {
     /// It is not only remembered: it has said something itself.
     pub(crate) fn confirm(&mut self, slot: usize) {
         if self.columns.remembered[slot] {
-            (self.columns.remembered[slot], self.columns.answers[slot]) = (false, false);
+            self.columns.remembered[slot] = false;
+            if !self.config.checked {
+                // Nobody would ask again.
+                self.columns.checked[slot] = Checked::Unknown;
+            }
             self.columns.decide(slot);
             self.dirty = true;
         }
+    }
+
+    /// Takes note of what asking a resource's service came to. True: whether it gets flows may have changed.
+    pub(crate) fn checked(&mut self, slot: usize, passes: bool) -> bool {
+        let checked = if passes { Checked::Passes } else { Checked::Fails };
+        let changed = self.columns.checked[slot] != checked;
+        self.columns.checked[slot] = checked;
+        self.columns.decide(slot);
+        self.dirty |= changed;
+        changed
     }
 
     /// Gives a slot the history that was kept of it; gives how many stretches could not be read.
@@ -396,7 +411,11 @@ impl Pool {
         row.reported = now;
         row.fresh_until = tick(now + Duration::from_millis(u64::from(row.stale_after_ms))).max(1);
         row.ready = report.readiness == Readiness::Ready;
-        (row.remembered, row.answers) = (false, false);
+        if row.remembered {
+            row.remembered = false;
+            // In a pool without checks nobody would ask again.
+            row.checked = if self.config.checked { row.checked } else { Checked::Unknown };
+        }
         self.columns.set(slot, row);
         self.columns.decide(slot);
         self.dirty = true;
@@ -611,11 +630,7 @@ impl Pool {
     /// Whether only requirements keep everyone out.
     fn somebody_is_ready(&self, now: Timestamp) -> bool {
         let columns = &self.columns;
-        (0..columns.len()).any(|slot| {
-            let there = columns.occupied[slot] && !columns.is_unproven(slot);
-            let serves = there && columns.ready[slot] && !columns.drained[slot];
-            serves && columns.lease_until[slot] > now
-        })
+        (0..columns.len()).any(|slot| columns.occupied[slot] && columns.is_against(slot, now).is_none())
     }
 
     /// Gives `maglev` the look-up table that was made for the same weights, if it was.

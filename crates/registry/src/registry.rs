@@ -14,6 +14,7 @@ use dashmap::{DashMap, Entry as Place};
 
 use crate::columns::Row;
 use crate::criteria::Criterion;
+use crate::health::{self, Flows};
 use crate::past::CriterionState;
 use crate::policy::{self, Survey};
 use crate::pool::{Member, Pool};
@@ -507,7 +508,7 @@ impl Registry {
         self.history_bytes.fetch_add(pool.member(entry.slot).past.bytes().wrapping_sub(before), Relaxed);
         pool.renew(entry.slot, entry.registration.lease(), now);
         entry.utilization = Some(Arc::new(report.utilization));
-        Ok(standing(&pool, &entry))
+        Ok(standing(&pool, &entry, now))
     }
 
     /// Renews the lease of a resource whose utilization comes otherwise, and takes in what else it says.
@@ -535,7 +536,7 @@ impl Registry {
         pool.confirm(entry.slot);
         pool.set_ready(entry.slot, renewal.readiness == Readiness::Ready);
         pool.renew(entry.slot, entry.registration.lease(), now);
-        Ok(standing(&pool, &entry))
+        Ok(standing(&pool, &entry, now))
     }
 
     /// A resource's registration, and the flows that were opened to it since.
@@ -553,7 +554,12 @@ impl Registry {
     ///
     /// # Errors
     /// As for a report that does parse.
-    pub fn report_refused(&self, id: &ResourceId, incarnation: u64) -> Result<Standing, ReportError> {
+    pub fn report_refused(
+        &self,
+        id: &ResourceId,
+        incarnation: u64,
+        now: Timestamp,
+    ) -> Result<Standing, ReportError> {
         let Some(mut entry) = self.resources.get_mut(id) else {
             return Err(ReportError::NotRegistered { id: id.clone() });
         };
@@ -562,14 +568,19 @@ impl Registry {
             return Err(ReportError::OtherIncarnation { id: id.clone(), registered, given: incarnation });
         }
         entry.reports_refused += 1;
-        Ok(standing(&self.lock(entry.pool), &entry))
+        Ok(standing(&self.lock(entry.pool), &entry, now))
     }
 
     /// What a report would be answered with now.
     ///
     /// # Errors
     /// As for a report.
-    pub fn standing(&self, id: &ResourceId, incarnation: u64) -> Result<Standing, ReportError> {
+    pub fn standing(
+        &self,
+        id: &ResourceId,
+        incarnation: u64,
+        now: Timestamp,
+    ) -> Result<Standing, ReportError> {
         let Some(entry) = self.resources.get(id) else {
             return Err(ReportError::NotRegistered { id: id.clone() });
         };
@@ -577,7 +588,7 @@ impl Registry {
         if registered != incarnation {
             return Err(ReportError::OtherIncarnation { id: id.clone(), registered, given: incarnation });
         }
-        Ok(standing(&self.lock(entry.pool), &entry))
+        Ok(standing(&self.lock(entry.pool), &entry, now))
     }
 
     /// Whose a resource is: `None`, there is no such resource; `Some(None)`, nobody's in particular.
@@ -774,7 +785,7 @@ impl Registry {
         let mut flows_open = 0;
         for (slot, member) in pool.members.iter().enumerate() {
             if let Some(member) = member {
-                states.count(state_of(&pool.columns.row(slot), &member.backend.live));
+                states.count(state_of(&pool, slot, &member.backend.live, now));
                 flows_open += u64::from(member.backend.live.flows_open());
             }
         }
@@ -977,18 +988,8 @@ impl Seen {
     }
 }
 
-fn state_of(row: &Row, live: &LiveFacts) -> ResourceState {
-    if row.drained {
-        ResourceState::Draining
-    } else if row.remembered {
-        ResourceState::Remembered
-    } else if !row.ready {
-        ResourceState::NotReady
-    } else if live.is_down() {
-        ResourceState::Down
-    } else {
-        ResourceState::Ready
-    }
+fn state_of(pool: &Pool, slot: usize, live: &LiveFacts, now: Timestamp) -> ResourceState {
+    health::judge(pool.columns.facts_with(slot, Flows::of(live, now), now)).state
 }
 
 fn entry(registration: Arc<Registration>, labels: Arc<Labels>, pool: usize, slot: usize, of: &Pool) -> Entry {
@@ -997,10 +998,10 @@ fn entry(registration: Arc<Registration>, labels: Arc<Labels>, pool: usize, slot
     Entry { registration, own_labels, labels, pool, slot, live, utilization: None, reports_refused: 0 }
 }
 
-fn standing(pool: &Pool, entry: &Entry) -> Standing {
+fn standing(pool: &Pool, entry: &Entry, now: Timestamp) -> Standing {
     let row = &pool.columns.row(entry.slot);
     Standing {
-        state: state_of(row, &entry.live),
+        state: state_of(pool, entry.slot, &entry.live, now),
         weight: f64::from(row.weight),
         share: pool.share(entry.slot),
         flows_open: entry.live.flows_open(),
@@ -1016,7 +1017,7 @@ fn resource_status(pool: &Pool, entry: &Entry, now: Timestamp) -> ResourceStatus
     ResourceStatus {
         registration: Arc::clone(&entry.registration),
         labels: Arc::clone(&entry.labels),
-        standing: standing(pool, entry),
+        standing: standing(pool, entry, now),
         flows_opened: entry.live.flows_opened(),
         connect_failures: entry.live.connect_failures(),
         report_age: report_age(row, now),
@@ -1028,7 +1029,7 @@ fn resource_status(pool: &Pool, entry: &Entry, now: Timestamp) -> ResourceStatus
 
 fn candidate(pool: &Pool, entry: &Entry, survey: &Survey, table: usize, now: Timestamp) -> Candidate {
     let row = &pool.columns.row(entry.slot);
-    let standing = standing(pool, entry);
+    let standing = standing(pool, entry, now);
     let member = pool.member(entry.slot);
     let cost = (f64::from(standing.flows_open) * f64::from(pool.balancers) + 1.0) / standing.weight;
     let latency = entry.live.latency_micros(now);
@@ -1074,6 +1075,7 @@ pub(crate) fn left_out(pool: &Pool, entry: &Entry, table: usize, now: Timestamp)
     match pool.columns.left_out(entry.slot, table, now) {
         allocation::LeftOut::Draining => return Some(LeftOut::Draining),
         allocation::LeftOut::NotReady => return Some(LeftOut::NotReady),
+        allocation::LeftOut::ChecksFail => return Some(LeftOut::ChecksFail),
         allocation::LeftOut::Unproven => return Some(LeftOut::Unproven),
         allocation::LeftOut::Expired => return Some(LeftOut::Expired),
         allocation::LeftOut::Requirement => {

@@ -19,10 +19,9 @@ pub enum ResourceState {
     Draining,
     /// It says itself that it is not ready.
     NotReady,
-    /// Connecting to it fails; it is tried again with a growing pause.
+    /// Its active checks fail, or flows to it do: then it is tried again with a growing pause.
     Down,
-    /// It is from before a restart of the balancer and has not reported since. It gets new flows while it answers when it is
-    /// connected to.
+    /// It is from before a restart of the balancer and has not reported since. It gets new flows while its service answers.
     Remembered,
 }
 
@@ -145,6 +144,8 @@ pub enum LeftOut {
     Draining,
     /// It says itself that it is not ready.
     NotReady,
+    /// Its active checks fail.
+    ChecksFail,
     /// It is remembered from before a restart, and has not answered yet.
     Unproven,
     /// Its lease is over.
@@ -175,9 +176,10 @@ impl fmt::Display for LeftOut {
         match self {
             Self::Draining => f.write_str("an operator drains it"),
             Self::NotReady => f.write_str("it reports that it is not ready"),
-            Self::Unproven => f.write_str(
-                "it is remembered from before the restart and does not answer when it is connected to",
-            ),
+            Self::ChecksFail => f.write_str("its checks fail"),
+            Self::Unproven => {
+                f.write_str("it is remembered from before the restart and has not answered yet")
+            }
             Self::Expired => f.write_str("its lease is over: no report came in time"),
             Self::Requirement { unmet } => write!(f, "it does not meet {unmet}"),
             Self::Aborted { version } => write!(f, "version {version} has no share of new flows"),

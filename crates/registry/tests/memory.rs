@@ -133,8 +133,8 @@ fn a_remembered_resource_has_its_weight_and_no_flow_before_it_answers() {
     let unconfirmed = after.unconfirmed();
     assert_eq!(unconfirmed.len(), 2);
     for of in &unconfirmed {
-        assert!(after.probed(of, true, LEASE, at(0.2)));
-        assert!(!after.probed(of, true, LEASE, at(0.2)), "only news is news");
+        assert!(after.checked(of, true, LEASE, at(0.2)));
+        assert!(!after.checked(of, true, LEASE, at(0.2)), "only news is news");
     }
     let second = table(&after, at(0.5));
     assert_eq!(second.eligible().len(), 2);
@@ -145,8 +145,8 @@ fn a_remembered_resource_has_its_weight_and_no_flow_before_it_answers() {
 
     // It goes on without agents, as long as it answers.
     assert!(after.expire(at(3_599.0)).is_empty());
-    after.probed(&unconfirmed[0], true, LEASE, at(3_599.0));
-    after.probed(&unconfirmed[1], false, LEASE, at(3_599.0));
+    after.checked(&unconfirmed[0], true, LEASE, at(3_599.0));
+    after.checked(&unconfirmed[1], false, LEASE, at(3_599.0));
     assert_eq!(table(&after, at(3_600.0)).eligible().len(), 1);
     assert_eq!(after.expire(at(3_601.0)).len(), 1, "the one that does not answer is forgotten");
     assert_eq!(after.expire(at(7_198.0)).len(), 0);
@@ -162,7 +162,7 @@ fn a_report_or_a_registration_makes_it_one_like_any_other() {
     assert!(!registered.created && !registered.changed, "the same process: nothing is to be written");
     assert!(after.report(report("weak", 0.5, 100.0), at(1.0)).is_ok());
     assert!(after.unconfirmed().is_empty());
-    assert!(!after.probed(&unconfirmed[0], false, LEASE, at(1.1)), "what it says itself counts");
+    assert!(!after.checked(&unconfirmed[0], false, LEASE, at(1.1)), "what it says itself counts");
     assert_eq!(table(&after, at(1.2)).eligible().len(), 2);
     assert_eq!(after.pools(at(1.2))[0].states.of(ResourceState::Ready), 2);
     assert_eq!(after.expire(at(5.0)).len(), 2, "its lease is its own again");
@@ -175,7 +175,7 @@ fn a_newer_process_in_its_place_starts_anew() {
     store.restore(&after, at(0.0));
     let of = after.unconfirmed().remove(0);
     assert!(after.register(registration("strong", 2), at(1.0)).unwrap().created);
-    assert!(!after.probed(&of, true, LEASE, at(1.1)), "the answer was of the process before");
+    assert!(!after.checked(&of, true, LEASE, at(1.1)), "the answer was of the process before");
     let older = after.register(registration("strong", 1), at(1.2));
     assert!(older.is_err(), "{older:?}");
 }
@@ -218,4 +218,78 @@ fn shares_and_aborts_of_versions_are_taken_back() {
     assert!(after.take_aborts().is_empty(), "it is no news");
     after.set_version_share(&name, "2", 0.1).unwrap();
     assert_eq!(after.version_share(&name, "2").unwrap().aborted, None);
+}
+
+#[test]
+fn checks_take_a_resource_out_and_bring_it_back() {
+    let registry = registry(PoolConfig { checked: true, ..pool() });
+    for id in ["a", "b"] {
+        registry.register(registration(id, 1), at(0.0)).unwrap();
+    }
+    assert_eq!(table(&registry, at(0.1)).eligible().len(), 2, "before the first check it serves on its word");
+    let targets = registry.check_targets(0);
+    assert_eq!(targets.len(), 2);
+    let of = |id: &str| targets.iter().find(|target| target.id.as_str() == id).unwrap();
+    assert!(registry.checked(of("a"), false, LEASE, at(0.2)));
+    assert!(!registry.checked(of("a"), false, LEASE, at(0.2)), "only news is news");
+    let without = table(&registry, at(0.3));
+    assert_eq!((without.eligible().len(), without.left_out(BackendIndex(0))), (1, LeftOut::ChecksFail));
+    assert_eq!(registry.pools(at(0.3))[0].states.of(ResourceState::Down), 1);
+    let explained = registry.explain(&"sql".parse().unwrap(), 0, at(0.3)).unwrap();
+    assert_eq!(explained.candidates[1].left_out, Some(registry::LeftOut::ChecksFail));
+    // Its own report does not overrule what was seen.
+    registry.report(report("a", 0.1, 100.0), at(0.4)).unwrap();
+    assert_eq!(table(&registry, at(0.5)).eligible().len(), 1);
+    assert!(registry.checked(of("a"), true, LEASE, at(0.6)));
+    assert_eq!(table(&registry, at(0.7)).eligible().len(), 2);
+    // Nor does a check overrule what it says.
+    let unready = Report { readiness: Readiness::NotReady, ..report("a", 0.1, 100.0) };
+    registry.report(unready, at(0.8)).unwrap();
+    assert_eq!(table(&registry, at(0.9)).eligible().len(), 1);
+    // A check that passes keeps nobody in who has stopped reporting.
+    registry.checked(of("a"), true, LEASE, at(3.0));
+    assert_eq!(registry.expire(at(10.0)).len(), 2);
+    assert!(registry.check_targets(0).is_empty());
+    assert!(!registry.checked(of("a"), true, LEASE, at(10.0)));
+}
+
+#[test]
+fn all_that_fail_their_checks_are_left_out() {
+    let registry = registry(PoolConfig { checked: true, ..pool() });
+    for id in ["a", "b"] {
+        registry.register(registration(id, 1), at(0.0)).unwrap();
+    }
+    for target in registry.check_targets(0) {
+        registry.checked(&target, false, LEASE, at(0.1));
+    }
+    assert!(table(&registry, at(0.2)).eligible().is_empty(), "checks are not overruled");
+}
+
+#[test]
+fn a_check_stays_with_the_process_that_it_was_of() {
+    let registry = registry(PoolConfig { checked: true, ..pool() });
+    registry.register(registration("a", 1), at(0.0)).unwrap();
+    let old = registry.check_targets(0).remove(0);
+    registry.checked(&old, false, LEASE, at(0.1));
+    registry.register(registration("a", 2), at(0.2)).unwrap();
+    assert_eq!(table(&registry, at(0.3)).eligible().len(), 1, "another process starts anew");
+    assert!(!registry.checked(&old, false, LEASE, at(0.4)));
+}
+
+#[test]
+fn a_remembered_resource_of_a_checked_pool_keeps_what_its_check_found() {
+    let (_, store) = after_ten_minutes();
+    let after =
+        registry(PoolConfig { checked: true, ..pool() }).with_origin(ORIGIN + Duration::from_secs(605));
+    store.restore(&after, at(0.0));
+    assert!(table(&after, at(0.1)).eligible().is_empty());
+    for target in after.check_targets(0) {
+        assert!(after.checked(&target, target.id.as_str() == "strong", LEASE, at(0.2)));
+    }
+    assert_eq!(table(&after, at(0.3)).eligible().len(), 1);
+    assert_eq!(after.pools(at(0.3))[0].states.of(ResourceState::Down), 1);
+    for id in ["strong", "weak"] {
+        after.report(report(id, 0.5, 100.0), at(0.4)).unwrap();
+    }
+    assert_eq!(table(&after, at(0.5)).eligible().len(), 1, "a report does not say that the service works");
 }

@@ -189,7 +189,7 @@ impl Simulation {
         let raw = RawUtilization { cpu: f64::NAN, ..RawUtilization::default() };
         assert!(Utilization::parse(raw).is_err());
         let incarnation = self.model.get(&id).map_or(1, |expected| expected.incarnation);
-        let counted = self.registry.report_refused(&id.parse().unwrap(), incarnation);
+        let counted = self.registry.report_refused(&id.parse().unwrap(), incarnation, self.now);
         assert_eq!(counted.is_ok(), self.model.contains_key(&id));
         if let Some(expected) = self.model.get_mut(&id) {
             expected.refused += 1;

@@ -26,11 +26,15 @@ pub enum EventKind {
     VersionShare,
     /// A version was given no new flows any more, for being worse.
     VersionAborted,
+    /// A resource's active checks began to fail.
+    ChecksFail,
+    /// A resource's active checks began to pass.
+    ChecksPass,
 }
 
 impl EventKind {
     /// Every kind.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Registered,
         Self::Deregistered,
         Self::Expired,
@@ -39,6 +43,8 @@ impl EventKind {
         Self::Capabilities,
         Self::VersionShare,
         Self::VersionAborted,
+        Self::ChecksFail,
+        Self::ChecksPass,
     ];
 
     /// Its name in the table.
@@ -52,6 +58,8 @@ impl EventKind {
             Self::Capabilities => "capabilities",
             Self::VersionShare => "version_share",
             Self::VersionAborted => "version_aborted",
+            Self::ChecksFail => "checks_fail",
+            Self::ChecksPass => "checks_pass",
         }
     }
 }

@@ -22,6 +22,7 @@ use crate::problem::{Problem, nearest};
 use crate::units::{ListenAddress, parse_address, parse_duration};
 use reader::{Reader, Section, boolean, decimal, integer, text};
 
+mod check;
 mod dns;
 mod limits;
 mod notices;
@@ -79,6 +80,8 @@ pub struct Config {
     pub connecting: Vec<dataplane::Connecting>,
     /// How the flows of each pool are limited and kept together, in the order of `pools`.
     pub pool_knobs: Vec<dataplane::PoolKnobs>,
+    /// How the resources of each pool are checked actively, if they are, in the order of `pools`.
+    pub checks: Vec<Option<checks::CheckConfig>>,
     /// At least one, each of a pool in `pools`.
     pub listeners: Vec<ListenerConfig>,
     /// Balancers that this one is a resource of.
@@ -298,7 +301,8 @@ impl Config {
         }
         root.finish(&[]);
         let (pools, listeners) = both?;
-        let (connecting, pool_knobs) = told?.into_iter().unzip();
+        let (told, checks): (Vec<_>, _) = told?.into_iter().unzip();
+        let (connecting, pool_knobs) = told.into_iter().unzip();
         Some(Self {
             control,
             security: security.config,
@@ -312,6 +316,7 @@ impl Config {
             pools,
             connecting,
             pool_knobs,
+            checks,
             listeners,
             upstreams,
             providers,

@@ -196,8 +196,10 @@ fn control_config(
     dns: &discovery::Statuses,
 ) -> ControlConfig {
     let addresses: Vec<_> = config.listeners.iter().zip(bound.addresses()).collect();
-    let pools = config.pools.iter().zip(&pools.0).map(|(pool, publishers)| control::Pool {
+    let checked = config.pools.iter().zip(&config.checks);
+    let pools = checked.zip(&pools.0).map(|((pool, check), publishers)| control::Pool {
         config: pool.clone(),
+        check: check.clone(),
         publishers: publishers.clone(),
         listeners: addresses
             .iter()

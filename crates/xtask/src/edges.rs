@@ -46,12 +46,19 @@ const RULES: &[Rule] = &[
     },
     // A bounded GET, which both shells need.
     Rule { package: "trimtab-fetch", may: &[], never: &["tonic", "io-uring", "openssl", "aws-lc-rs"] },
+    // Dialogues with services, which know nothing of what follows from them.
+    Rule {
+        package: "trimtab-checks",
+        may: &["trimtab-fetch"],
+        never: &["tonic", "io-uring", "openssl", "aws-lc-rs"],
+    },
     Rule { package: "trimtab-store", may: &[], never: &["tonic", "io-uring"] },
     Rule { package: "trimtab-discovery", may: &[], never: &["tonic", "io-uring"] },
     Rule { package: "trimtab-api", may: &[], never: &["io-uring"] },
     Rule {
         package: "trimtab-control",
         may: &[
+            "trimtab-checks",
             "trimtab-registry",
             "trimtab-store",
             "trimtab-discovery",
@@ -73,6 +80,7 @@ const RULES: &[Rule] = &[
             "trimtab-agent",
             "trimtab-allocation",
             "trimtab-api",
+            "trimtab-checks",
             "trimtab-control",
             "trimtab-dataplane",
             "trimtab-discovery",

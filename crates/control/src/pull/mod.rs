@@ -501,7 +501,9 @@ impl Follower {
         let (utilization, labels) = match parse_report(base, utilization, labels) {
             Ok(parsed) => parsed,
             Err(error) => {
-                registry.report_refused(&self.id, base.incarnation()).map_err(|_: ReportError| Gone)?;
+                registry
+                    .report_refused(&self.id, base.incarnation(), self.shared.clock.now())
+                    .map_err(|_: ReportError| Gone)?;
                 return Ok(Err(error));
             }
         };

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use checks::Jitter;
 use tokio::time::Instant;
 
 use super::script::When;
@@ -22,13 +23,13 @@ pub(crate) struct Timing {
     rests_until: Instant,
     failures: u32,
     flows_at: u64,
-    seed: u64,
+    jitter: Jitter,
 }
 
 impl Timing {
     /// Of a script that is executed at once.
     pub(crate) fn new(now: Instant, flows: u64, seed: u64) -> Self {
-        Self { due: Some(now), rests_until: now, failures: 0, flows_at: flows, seed }
+        Self { due: Some(now), rests_until: now, failures: 0, flows_at: flows, jitter: Jitter::new(seed) }
     }
 
     /// It gave a report.
@@ -56,10 +57,7 @@ impl Timing {
     /// With jitter: those that failed together do not come back together.
     fn pause(&mut self, first: Duration) -> Duration {
         let doubled = first.saturating_mul(1 << self.failures.min(16)).min(PAUSE_MAX).max(first);
-        self.seed = self.seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        // The upper bits: 0 to 1.
-        let part = (self.seed >> 11) as f64 / (1_u64 << 53) as f64;
-        doubled.mul_f64(0.5 + part / 2.0)
+        doubled.mul_f64(0.5 + self.jitter.part() / 2.0)
     }
 
     /// Executions in a row that gave nothing.

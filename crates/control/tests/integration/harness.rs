@@ -68,6 +68,7 @@ pub(crate) fn config() -> (ControlConfig, Publisher) {
     let publisher = Publisher::new(AllocationTable::empty(Policy::Adaptive));
     let pool = |name: &str, publisher: &Publisher| Pool {
         config: PoolConfig::new(name.parse().unwrap(), Policy::Adaptive),
+        check: None,
         publishers: vec![publisher.clone()],
         listeners: vec!["tcp://127.0.0.1:5432".into()],
     };

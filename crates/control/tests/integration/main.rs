@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod allocation;
+mod checking;
 mod harness;
 mod keeper;
 mod notices;

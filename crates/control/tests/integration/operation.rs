@@ -162,7 +162,7 @@ async fn the_metrics_are_all_there_and_go_with_their_resource() {
 }
 
 /// Where Prometheus's own checker is installed, it must find nothing.
-async fn check_with_promtool(page: &str) {
+pub(crate) async fn check_with_promtool(page: &str) {
     let promtool = std::process::Command::new("promtool")
         .args(["check", "metrics"])
         .stdin(Stdio::piped())

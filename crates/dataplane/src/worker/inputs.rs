@@ -118,8 +118,9 @@ impl<I: Io> Worker<I> {
         if shed == Some(Shed::Ports) && self.connect_from_another(index)? {
             return Ok(None);
         }
-        let cancelled = -result == Errno::CANCELED.raw_os_error();
-        let failure = if cancelled { ConnectFailure::TimedOut } else { ConnectFailure::Refused };
+        // Our time is over, or the kernel's (its retries, TCP_USER_TIMEOUT).
+        let timed_out = [Errno::CANCELED, Errno::TIMEDOUT].map(|e| e.raw_os_error()).contains(&-result);
+        let failure = if timed_out { ConnectFailure::TimedOut } else { ConnectFailure::Refused };
         self.count_failed_connect(index, shed.ok_or(failure));
         Ok(Some(Input::ConnectFailed))
     }

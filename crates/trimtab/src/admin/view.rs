@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 
 use api::v1::{
-    Candidate, Capabilities, Decision, ExplainResponse, ListVersionsResponse, PoolStatus, ResourceState,
-    ResourceStatus, VersionStatus,
+    Candidate, Capabilities, CheckStatus, Decision, ExplainResponse, ListVersionsResponse, PoolStatus,
+    ResourceState, ResourceStatus, VersionStatus,
 };
 use serde::Serialize;
 
@@ -93,12 +93,54 @@ pub struct ResourceView {
     pub incarnation: u64,
     /// How its utilization is fetched, and what came of it; `null`: it reports.
     pub utilization_script: Option<ScriptView>,
+    /// What came of the balancer's active checks of it; `null`: its pool has none.
+    pub check: Option<CheckView>,
+}
+
+/// A resource's active checks.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct CheckView {
+    /// What is spoken.
+    pub kind: String,
+    /// `up`, `down`, or `unknown` before the first result.
+    pub state: String,
+    /// Of the newest: `passed`, `refused`, `timed_out` or `failed`; empty: there is none.
+    pub result: String,
+    /// What the service said to it, or why that is not well.
+    pub detail: String,
+    /// Of the newest; `null`: there is none.
+    pub age_seconds: Option<f64>,
+    /// Results in a row like the newest.
+    pub in_a_row: u32,
+    /// How long the newest took.
+    pub seconds: f64,
+    /// Those that passed.
+    pub passed_total: u64,
+    /// Those that did not.
+    pub failed_total: u64,
+}
+
+impl From<CheckStatus> for CheckView {
+    fn from(status: CheckStatus) -> Self {
+        Self {
+            kind: status.kind,
+            state: status.state,
+            result: status.result,
+            detail: status.detail,
+            age_seconds: seconds(status.age),
+            in_a_row: status.in_a_row,
+            seconds: status.seconds,
+            passed_total: status.passed_total,
+            failed_total: status.failed_total,
+        }
+    }
 }
 
 impl From<ResourceStatus> for ResourceView {
     fn from(status: ResourceStatus) -> Self {
         let resource = status.resource.unwrap_or_default();
         Self {
+            check: status.check.map(CheckView::from),
             utilization_script: resource.utilization_script.map(ScriptView::from),
             id: resource.id,
             pool: resource.pool,
@@ -118,6 +160,17 @@ impl From<ResourceStatus> for ResourceView {
             flows_max: resource.flows_max,
             incarnation: status.incarnation,
         }
+    }
+}
+
+impl CheckView {
+    /// Its state; beside it, how many of the newest contradict it.
+    fn word(&self) -> String {
+        let contradicts = (self.state == "up") != (self.result == "passed");
+        if contradicts && !self.result.is_empty() {
+            return format!("{}, {} {}", self.state, self.in_a_row, self.result.replace('_', " "));
+        }
+        self.state.clone()
     }
 }
 
@@ -445,6 +498,8 @@ pub struct CandidateView {
     pub scores: Vec<ScoreView>,
     /// Utilization that its history foretells; `null`: none.
     pub forecast: Option<f64>,
+    /// What came of the balancer's active checks of it; `null`: its pool has none.
+    pub check: Option<CheckView>,
 }
 
 /// A resource by one criterion.
@@ -518,6 +573,7 @@ impl From<Candidate> for CandidateView {
                 })
                 .collect(),
             forecast: (candidate.forecast >= 0.0).then_some(candidate.forecast),
+            check: candidate.check.map(CheckView::from),
         }
     }
 }
@@ -529,8 +585,8 @@ pub(super) fn resources_table(resources: &[ResourceView]) -> String {
             .to_owned();
     }
     let mut table = Table::new(&[
-        "POOL", "ID", "ADDRESS", "STATE", ">WEIGHT", ">SHARE", ">OPEN", ">OPENED", ">FAILED", ">CPU",
-        ">MEMORY", ">REPORT",
+        "POOL", "ID", "ADDRESS", "STATE", "CHECK", ">WEIGHT", ">SHARE", ">OPEN", ">OPENED", ">FAILED",
+        ">CPU", ">MEMORY", ">REPORT",
     ]);
     for resource in resources {
         table.row([
@@ -538,6 +594,7 @@ pub(super) fn resources_table(resources: &[ResourceView]) -> String {
             resource.id.clone(),
             resource.address.clone(),
             resource.state.word().to_owned(),
+            resource.check.as_ref().map_or_else(|| "-".to_owned(), CheckView::word),
             format!("{:.2}", resource.weight),
             percent(Some(resource.share)),
             resource.flows_open.to_string(),
@@ -873,6 +930,16 @@ mod tests {
             flows_opened_total: 3456,
             report_age: Some(prost_types::Duration { seconds: 1, nanos: 250_000_000 }),
             utilization: HashMap::from([("cpu".into(), 0.5)]),
+            check: Some(CheckStatus {
+                kind: "tcp".into(),
+                state: "up".into(),
+                result: "refused".into(),
+                detail: "no".into(),
+                in_a_row: 2,
+                passed_total: 7,
+                failed_total: 2,
+                ..Default::default()
+            }),
             ..Default::default()
         }
         .into()
@@ -882,8 +949,8 @@ mod tests {
     fn resources_for_people() {
         assert_eq!(
             resources_table(&[resource()]),
-            "POOL  ID   ADDRESS        STATE      WEIGHT  SHARE  OPEN  OPENED  FAILED  CPU  MEMORY  REPORT\n\
-             sql   pg1  10.0.0.1:5432  not ready    1.25    33%    12    3456       0  50%       -    1.2s\n"
+            "POOL  ID   ADDRESS        STATE      CHECK          WEIGHT  SHARE  OPEN  OPENED  FAILED  CPU  MEMORY  REPORT\n\
+             sql   pg1  10.0.0.1:5432  not ready  up, 2 refused    1.25    33%    12    3456       0  50%       -    1.2s\n"
         );
         assert!(resources_table(&[]).starts_with("no resources are registered"));
     }
@@ -896,7 +963,10 @@ mod tests {
             "share": 0.333, "flows_open": 12, "flows_opened_total": 3456, "connect_failures_total": 0,
             "utilization": {"cpu": 0.5}, "report_age_seconds": 1.25, "lease_left_seconds": null,
             "reports_refused_total": 0, "labels": {}, "version": "15.4", "flows_max": 0, "incarnation": 7,
-            "utilization_script": null
+            "utilization_script": null, "check": {
+                "kind": "tcp", "state": "up", "result": "refused", "detail": "no", "age_seconds": null,
+                "in_a_row": 2, "seconds": 0.0, "passed_total": 7, "failed_total": 2
+            }
         });
         assert_eq!(json, expected);
     }

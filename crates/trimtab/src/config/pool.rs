@@ -5,12 +5,13 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use allocation::{Policy, PoolName, ProbeKnobs};
+use checks::CheckConfig;
 use dataplane::{Connecting, PoolKnobs};
 use registry::{CRITERIA_MAX, Criterion, Knobs, PoolConfig, Requirements, SplitBy, SplitConfig, TABLES_MAX};
 use toml::Spanned;
 
 use super::reader::{Section, decimal, integer, text, texts};
-use super::{ListenerConfig, limits, or, parse_policy, pool_name, tcp};
+use super::{ListenerConfig, check, limits, or, parse_policy, pool_name, tcp};
 use crate::problem::Problem;
 use crate::units::{duration_text, parse_duration};
 
@@ -19,8 +20,11 @@ const KNOB_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Forecasts look ahead by at most so much.
 const FORECAST_MAX: Duration = Duration::from_secs(6 * 3600);
 
-/// The pools, or `None` when the name of one is unknown (then a listener may name it); and what the dataplane is told of each.
-pub(super) fn read(root: &mut Section<'_, '_>) -> Option<(Vec<PoolConfig>, Vec<(Connecting, PoolKnobs)>)> {
+/// What the dataplane is told of a pool, and how control checks its resources actively.
+pub(super) type Told = ((Connecting, PoolKnobs), Option<CheckConfig>);
+
+/// The pools, or `None` when the name of one is unknown (then a listener may name it); and what else is told of each.
+pub(super) fn read(root: &mut Section<'_, '_>) -> Option<(Vec<PoolConfig>, Vec<Told>)> {
     let mut pools = Some((Vec::new(), Vec::new()));
     let mut lines: HashMap<PoolName, usize> = HashMap::new();
     let all = root.list("pool", |mut section| {
@@ -37,11 +41,13 @@ pub(super) fn read(root: &mut Section<'_, '_>) -> Option<(Vec<PoolConfig>, Vec<(
         // Read on without a name: every problem is found in one pass.
         let unnamed = || "unnamed".parse::<PoolName>().ok();
         let told = (tcp::read_pool(&mut section), limits::of_pool(&mut section));
-        match known.clone().or_else(unnamed).map(|name| read_one(&mut section, name)) {
+        let check = check::read(section.section("check"));
+        let read = known.clone().or_else(unnamed).map(|name| read_one(&mut section, name));
+        match read.map(|pool| PoolConfig { checked: check.is_some(), ..pool }) {
             Some(pool) if known.is_some() => {
                 if let Some((pools, all)) = &mut pools {
                     pools.push(pool);
-                    all.push(told);
+                    all.push((told, check));
                 }
             }
             _ => pools = None,

@@ -39,6 +39,7 @@ fn the_least_file_takes_every_default() {
             pools: vec![PoolConfig::new("sql".parse().unwrap(), Policy::Adaptive)],
             connecting: vec![dataplane::Connecting::default()],
             pool_knobs: vec![dataplane::PoolKnobs::default()],
+            checks: vec![None],
             listeners: vec![ListenerConfig {
                 bind: "tcp://127.0.0.1:5432".parse().unwrap(),
                 pool: "sql".parse().unwrap(),
@@ -287,6 +288,7 @@ fn every_value_of_a_pool_can_be_changed() {
         requires: requires(&["tls", "zone!=b"]),
         tables: vec![writer.clone()],
         criteria: criteria.iter().map(|text| text.parse().unwrap()).collect(),
+        checked: false,
         split: Some(split),
         forecast: Some(Duration::from_secs(7200)),
     };
@@ -1012,5 +1014,59 @@ fn knobs_of_tcp_that_cannot_be_are_refused() {
         "f:21:22: error: `listener.tcp.keepalive_interval`: \"10h\" is out of range",
     ] {
         assert!(errors.contains(expected), "{expected}\n{errors}");
+    }
+}
+
+#[test]
+fn how_pools_are_checked() {
+    let of = |lines: &str| {
+        let file = format!(
+            "[[pool]]\nname = \"sql\"\n[pool.check]\n{lines}\n[[listener]]\nbind = \"tcp://127.0.0.1:1\"\npool = \"sql\"\n"
+        );
+        Config::parse(file.as_bytes()).map(|config| {
+            assert!(config.pools[0].checked);
+            config.checks.into_iter().flatten().next().expect("a check")
+        })
+    };
+    let check = of("kind = \"tcp\"").expect("the least check");
+    assert_eq!(check.timing, checks::Timing::default());
+    assert_eq!((check.timeout, check.port, check.tls), (Duration::from_secs(1), None, None));
+    let lines = "kind = \"send_expect\"\ninterval = \"200ms\"\ntimeout = \"90ms\"\nrise = 1\nfall = 1\nport = 7\n\
+                 send = 'PING\\r\\n'\nexpect = \"\\\\x00\"\n[pool.check.tls]\nverify = false\nserver_name = \"a.b\"";
+    let check = of(lines).expect("a good check");
+    assert_eq!(check.timing.fast_interval, Duration::from_millis(200));
+    assert_eq!((check.timing.rise, check.timing.fall, check.port), (1, 1, Some(7)));
+    let checks::Dialogue::SendExpect(texts) = check.dialogue else { panic!("{:?}", check.dialogue) };
+    assert_eq!((texts.send, texts.expect), (b"PING\r\n".to_vec(), vec![0]));
+    assert_eq!(check.tls.map(|tls| (tls.verify, tls.server_name)), Some((false, Some("a.b".into()))));
+    for kind in ["tls", "postgresql", "redis", "smtp", "ftp", "http", "grpc"] {
+        assert_eq!(of(&format!("kind = \"{kind}\"")).expect(kind).dialogue.kind(), kind);
+    }
+    for (lines, expected) in [
+        ("", "f:3:1: error: `pool.check.kind` is missing"),
+        ("kind = \"posgresql\"", "hint: did you mean \"postgresql\"?"),
+        ("kind = \"tcp\"\nuser = \"a\"", "f:3:1: error: `pool.check.user` does nothing for the kind \"tcp\""),
+        ("kind = \"mysql\"", "f:3:1: error: `pool.check.user` is missing"),
+        ("kind = \"mysql\"", "CREATE USER"),
+        ("kind = \"dns\"\nname = \"a..b\"", "f:5:8: error: `pool.check.name`: \"a..b\" is no DNS name"),
+        ("kind = \"dns\"\nname = \"a\"\n[pool.check.tls]", "there is no DNS over TLS by datagrams"),
+        ("kind = \"send_expect\"", "`pool.check.expect` is missing"),
+        ("kind = \"udp\"\nsend = '\\q'", "there is no escape"),
+        (
+            "kind = \"http\"\nstatus = \"20\"\npath = \"x\"",
+            "f:5:10: error: `pool.check.status`: \"20\" names no statuses",
+        ),
+        (
+            "kind = \"http\"\nstatus = \"200\"\npath = \"x\"",
+            "f:6:8: error: `pool.check.path`: \"x\" is no path",
+        ),
+        ("kind = \"tcp\"\ninterval = \"1s\"\nfast_interval = \"2s\"", "`pool.check.fast_interval` is longer"),
+        ("kind = \"tcp\"\nrise = 0\nport = 0", "f:6:8: error: `pool.check.port`: 0 is out of range"),
+        ("kind = \"command\"", "`pool.check.command` is missing"),
+        ("kind = \"tcp\"\naddress = \"0.0.0.0:1\"", "nobody can connect to 0.0.0.0:1"),
+        ("kind = \"tcp\"\nretries = 1", "there is no key `pool.check.retries`"),
+    ] {
+        let errors = of(lines).expect_err(lines).render("f");
+        assert!(errors.contains(expected), "{lines}: {expected}\n{errors}");
     }
 }

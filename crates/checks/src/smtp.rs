@@ -1,0 +1,45 @@
+//! SMTP (RFC 5321): the greeting, EHLO, QUIT. A server that sees a client go without QUIT may log it, and many refuse to talk to
+//! one that speaks before the greeting.
+
+use std::net::IpAddr;
+
+use crate::Failure;
+use crate::reply;
+use crate::wire::Wire;
+
+/// How we introduce ourselves.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Smtp {
+    /// A host name; `None`: our address, as an address literal (§4.1.3).
+    pub helo: Option<String>,
+}
+
+pub(crate) async fn ask(smtp: &Smtp, wire: &mut Wire, local: Option<IpAddr>) -> Result<String, Failure> {
+    let greeting = reply::expect(wire, "SMTP", 220).await?;
+    wire.say(&ehlo(smtp, local)).await?;
+    reply::expect(wire, "SMTP", 250).await?;
+    Ok(format!("220 {}", greeting.text))
+}
+
+fn ehlo(smtp: &Smtp, local: Option<IpAddr>) -> Vec<u8> {
+    let name = smtp.helo.clone().unwrap_or_else(|| match local.map(|ip| ip.to_canonical()) {
+        Some(IpAddr::V6(ip)) => format!("[IPv6:{ip}]"),
+        Some(IpAddr::V4(ip)) => format!("[{ip}]"),
+        None => "localhost".to_owned(),
+    });
+    format!("EHLO {name}\r\n").into_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn introductions() {
+        let own = Smtp::default();
+        assert_eq!(ehlo(&own, Some([127, 0, 0, 1].into())), b"EHLO [127.0.0.1]\r\n");
+        assert_eq!(ehlo(&own, "::1".parse().ok()), b"EHLO [IPv6:::1]\r\n");
+        let named = Smtp { helo: Some("lb.example.com".into()) };
+        assert_eq!(ehlo(&named, None), b"EHLO lb.example.com\r\n");
+    }
+}

@@ -1,0 +1,374 @@
+//! Whole checks against scripted servers on loopback: what they say in order, how they leave, and what hangs.
+
+use std::sync::Arc;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, UdpSocket};
+use tokio::task::JoinHandle;
+use tokio_rustls::TlsAcceptor;
+
+use super::*;
+
+const SOON: Duration = Duration::from_secs(10);
+
+fn config(dialogue: Dialogue) -> CheckConfig {
+    CheckConfig { dialogue, timing: Timing::default(), timeout: SOON, address: None, port: None, tls: None }
+}
+
+fn subject(address: SocketAddr) -> Subject {
+    Subject { resource: "r1".into(), pool: "sql".into(), address }
+}
+
+/// One turn of a scripted server.
+enum Turn {
+    Say(&'static [u8]),
+    /// Waits until exactly this has come.
+    Hear(Vec<u8>),
+}
+use Turn::{Hear, Say};
+
+fn hear(bytes: &[u8]) -> Turn {
+    Hear(bytes.to_vec())
+}
+
+/// A server that takes one connection, and gives what was left at its end: nothing, where the client ended in good order (a reset is
+/// an error here).
+async fn server(turns: Vec<Turn>) -> (SocketAddr, JoinHandle<Vec<u8>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        for turn in turns {
+            match turn {
+                Say(text) => stream.write_all(text).await.unwrap(),
+                Hear(expected) => {
+                    let mut heard = vec![0; expected.len()];
+                    stream.read_exact(&mut heard).await.unwrap();
+                    assert_eq!(String::from_utf8_lossy(&heard), String::from_utf8_lossy(&expected));
+                }
+            }
+        }
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).await.expect("the client ends in good order");
+        rest
+    });
+    (address, serving)
+}
+
+async fn ended(check: CheckConfig, address: SocketAddr) -> Outcome {
+    match Check::new(check).unwrap().begin(&subject(address)).await {
+        Begun::Ended(outcome) => outcome,
+        Begun::Late(outcome, _) => panic!("late: {outcome:?}"),
+    }
+}
+
+/// Runs a dialogue against a script that it must follow to the end; gives what came of it.
+async fn follow(dialogue: Dialogue, turns: Vec<Turn>) -> Outcome {
+    let (address, serving) = server(turns).await;
+    let outcome = ended(config(dialogue), address).await;
+    assert_eq!(String::from_utf8_lossy(&serving.await.unwrap()), "", "nothing behind the goodbye");
+    outcome
+}
+
+#[tokio::test]
+async fn dialogues_end_in_good_order() {
+    let smtp = vec![
+        Say(b"220-mail.example\r\n220 ESMTP\r\n"),
+        hear(b"EHLO [127.0.0.1]\r\n"),
+        Say(b"250-mail.example\r\n250 HELP\r\n"),
+        hear(b"QUIT\r\n"),
+        Say(b"221 Bye\r\n"),
+    ];
+    let outcome = follow(Dialogue::Smtp(Smtp::default()), smtp).await;
+    assert_eq!((outcome.verdict(), outcome.said().as_str()), (Verdict::Passed, "220 mail.example"));
+
+    let closed = vec![Say(b"421 Too many connections\r\n"), hear(b"QUIT\r\n")];
+    let outcome = follow(Dialogue::Ftp, closed).await;
+    assert_eq!(outcome.said(), "it says 421 Too many connections, not 220");
+    assert_eq!(outcome.verdict(), Verdict::Failed);
+
+    let redis = vec![
+        hear(b"*1\r\n$4\r\nPING\r\n"),
+        Say(b"+PONG\r\n"),
+        hear(b"*1\r\n$4\r\nQUIT\r\n"),
+        Say(b"+OK\r\n"),
+    ];
+    assert_eq!(follow(Dialogue::Redis, redis).await.said(), "PONG");
+
+    let xmpp = Xmpp { domain: "a.example".into(), stream: StreamKind::Client };
+    let opening = b"<?xml version='1.0'?><stream:stream to='a.example' version='1.0' xml:lang='en' \
+        xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams'>";
+    let stream = vec![
+        hear(opening),
+        Say(b"<?xml version='1.0'?><stream:stream><stream:features/>"),
+        hear(b"</stream:stream>"),
+        Say(b"</stream:stream>"),
+    ];
+    assert_eq!(follow(Dialogue::Xmpp(xmpp), stream).await.verdict(), Verdict::Passed);
+
+    let texts = SendExpect { send: b"hi\n".to_vec(), expect: b"there".to_vec(), goodbye: b"bye\n".to_vec() };
+    let turns = vec![hear(b"hi\n"), Say(b"who is "), Say(b"there?"), hear(b"bye\n")];
+    assert_eq!(follow(Dialogue::SendExpect(texts), turns).await.said(), "who is there?");
+}
+
+#[tokio::test]
+async fn databases_see_a_session_begin_and_end() {
+    let of = PostgreSql { user: Some("u".into()), database: None };
+    let startup = b"\0\0\0\x29\0\x03\0\0user\0u\0application_name\0trimtab\0\0";
+    let session = vec![
+        hear(startup),
+        Say(b"R\0\0\0\x08\0\0\0\0S\0\0\0\x08a\0b\0"),
+        Say(b"K\0\0\0\x0c\0\0\0\x01\0\0\0\x02Z\0\0\0\x05I"),
+        hear(b"X\0\0\0\x04"),
+    ];
+    assert_eq!(follow(Dialogue::PostgreSql(of.clone()), session).await.said(), "a session began");
+    // It asks for a password: nothing more is said, which it does not log.
+    let asks = vec![hear(startup), Say(b"R\0\0\0\x08\0\0\0\x03")];
+    assert_eq!(follow(Dialogue::PostgreSql(of), asks).await.verdict(), Verdict::Passed);
+    let request = vec![hear(b"\0\0\0\x08\x04\xd2\x16\x2f"), Say(b"N")];
+    assert_eq!(follow(Dialogue::PostgreSql(PostgreSql::default()), request).await.verdict(), Verdict::Passed);
+
+    let of = MySql { user: "u".into(), database: None };
+    const GREETING: &[u8] =
+        b"\x59\0\0\0\x0a5.5.5-10.11.6-MariaDB\0\x05\0\0\0@:~mZI&s\0\xfe\xf7\x2d\x02\0\xff\x81\x15\
+        \0\0\0\0\0\0\x1d\0\0\0abcdefghijkl\0mysql_native_password\0";
+    assert_eq!(usize::from(GREETING[0]), GREETING.len() - 4);
+    let mut response = b"\x38\0\0\x01\x01\x82\x08\0\0\0\0\x01\x2d".to_vec();
+    response.extend_from_slice(&[0; 23]);
+    response.extend_from_slice(b"u\0\0mysql_native_password\0");
+    response[0] = response.len() as u8 - 4;
+    let switched = vec![
+        Say(GREETING),
+        Hear(response.clone()),
+        Say(b"\x1e\0\0\x02\xfecaching_sha2_password\0abcdef\0"),
+        hear(b"\x01\0\0\x03\0"),
+        Say(b"\x07\0\0\x04\0\0\0\x02\0\0\0"),
+        hear(b"\x01\0\0\0\x01"),
+    ];
+    assert_eq!(
+        follow(Dialogue::MySql(of.clone()), switched).await.said(),
+        "5.5.5-10.11.6-MariaDB: a session began"
+    );
+    let full = vec![Say(b"\x17\0\0\0\xff\x10\x04Too many connections")];
+    assert_eq!(follow(Dialogue::MySql(of), full).await.said(), "error 1040: Too many connections");
+}
+
+#[tokio::test]
+async fn a_request_of_http() {
+    let http = Http {
+        method: Method::Get,
+        path: "/healthz".parse().unwrap(),
+        host: Some("app.example".parse().unwrap()),
+        statuses: Statuses::default(),
+        expect: b"well".to_vec(),
+    };
+    let request = || {
+        hear(
+            concat!(
+                "GET /healthz HTTP/1.1\r\nhost: app.example\r\nuser-agent: trimtab/",
+                env!("CARGO_PKG_VERSION"),
+                "\r\naccept-encoding: identity\r\nconnection: close\r\n\r\n"
+            )
+            .as_bytes(),
+        )
+    };
+    let well = vec![request(), Say(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nwell")];
+    assert_eq!(follow(Dialogue::Http(http.clone()), well).await.said(), "status 200 OK");
+    let ill = vec![request(), Say(b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n")];
+    let outcome = follow(Dialogue::Http(http.clone()), ill).await;
+    assert_eq!(outcome.said(), "status 503 Service Unavailable, not 200-399");
+    let other = vec![request(), Say(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nill")];
+    assert_eq!(follow(Dialogue::Http(http.clone()), other).await.verdict(), Verdict::Failed);
+    let no_http = vec![Say(b"220 mail.example\r\n")];
+    let outcome = {
+        let (address, _serving) = server(no_http).await;
+        ended(config(Dialogue::Http(http)), address).await
+    };
+    assert_eq!(outcome.verdict(), Verdict::Failed, "{}", outcome.said());
+}
+
+#[tokio::test]
+async fn who_says_too_much_or_nothing_fails() {
+    let (address, serving) = server(vec![]).await;
+    serving.abort();
+    let _ = serving.await;
+    let outcome = ended(config(Dialogue::Tcp), address).await;
+    assert_eq!(outcome.verdict(), Verdict::Refused, "{}", outcome.said());
+
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let babbling = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let babble = [b'x'; 4096];
+        while stream.write_all(&babble).await.is_ok() {}
+    });
+    let texts = SendExpect { expect: b"y".to_vec(), ..SendExpect::default() };
+    let outcome = ended(config(Dialogue::SendExpect(texts)), address).await;
+    assert!(outcome.said().starts_with("\"y\" is not in its answer: xxx"), "{}", outcome.said());
+    babbling.await.unwrap();
+    let hangs_up = {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move { drop(listener.accept().await.unwrap()) });
+        ended(config(Dialogue::Ftp), address).await
+    };
+    assert_eq!(hangs_up.verdict(), Verdict::Failed, "{}", hangs_up.said());
+}
+
+#[tokio::test]
+async fn a_late_answer_ends_the_dialogue_that_is_open() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let check = CheckConfig { timeout: Duration::from_millis(50), ..config(Dialogue::Ftp) };
+    let check = Check::new(check).unwrap();
+    // The kernel takes the connection; nobody accepts it.
+    let Begun::Late(outcome, mut waiting) = check.begin(&subject(address)).await else {
+        panic!("nobody answers")
+    };
+    assert_eq!(outcome.verdict(), Verdict::TimedOut);
+    assert!(timeout(Duration::from_millis(20), waiting.ended()).await.is_err());
+    let serving = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.write_all(b"220 at last\r\n").await.unwrap();
+        let mut said = String::new();
+        stream.read_to_string(&mut said).await.expect("no reset");
+        said
+    });
+    timeout(SOON, waiting.ended()).await.expect("it goes on");
+    assert_eq!(serving.await.unwrap(), "QUIT\r\n", "the same connection, in good order");
+}
+
+#[tokio::test]
+async fn another_port_and_another_address() {
+    let resource: SocketAddr = "10.0.0.1:5432".parse().unwrap();
+    let of = |address: Option<&str>, port| {
+        let address = address.map(|address| address.parse().unwrap());
+        Check::new(CheckConfig { address, port, ..config(Dialogue::Tcp) })
+            .unwrap()
+            .target(resource)
+            .to_string()
+    };
+    assert_eq!(of(None, None), "10.0.0.1:5432");
+    assert_eq!(of(None, Some(8008)), "10.0.0.1:8008");
+    assert_eq!(of(Some("[::1]:1"), None), "[::1]:1");
+}
+
+#[tokio::test]
+async fn datagrams() {
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let address = socket.local_addr().unwrap();
+    let echo = tokio::spawn(async move {
+        let mut buffer = [0; 512];
+        loop {
+            let (length, from) = socket.recv_from(&mut buffer).await.unwrap();
+            socket.send_to(&buffer[..length], from).await.unwrap();
+        }
+    });
+    let udp = |expect: Option<&[u8]>| {
+        Dialogue::Udp(Udp { send: b"ping".to_vec(), expect: expect.map(<[u8]>::to_vec) })
+    };
+    assert_eq!(ended(config(udp(Some(b"pin"))), address).await.said(), "ping");
+    assert_eq!(ended(config(udp(Some(b"pong"))), address).await.verdict(), Verdict::Failed);
+    // An echo is no answer to a query: nothing comes of it until the time is over.
+    let query = DnsQuery {
+        name: "a.example".parse().unwrap(),
+        record: RecordType::A,
+        rcode: Rcode::NoError,
+        transport: Transport::Udp,
+    };
+    let short = |dialogue| CheckConfig { timeout: Duration::from_millis(50), ..config(dialogue) };
+    assert_eq!(ended(short(Dialogue::Dns(query)), address).await.verdict(), Verdict::TimedOut);
+    echo.abort();
+    let _ = echo.await;
+    assert_eq!(ended(config(udp(None)), address).await.verdict(), Verdict::Refused, "ICMP says so");
+    let silent = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let address = silent.local_addr().unwrap();
+    assert_eq!(ended(short(udp(None)), address).await.verdict(), Verdict::Passed);
+    assert_eq!(ended(short(udp(Some(b"x"))), address).await.verdict(), Verdict::TimedOut);
+}
+
+#[tokio::test]
+async fn programs() {
+    let address: SocketAddr = "10.0.0.1:5432".parse().unwrap();
+    let shell = |script: &str| {
+        let arguments = ["-c", script, "sh", "{address}", "{port}"].map(str::to_owned).to_vec();
+        Dialogue::Command(CommandLine { program: "/bin/sh".into(), arguments })
+    };
+    let says = shell("echo \"$1 $2 $TRIMTAB_RESOURCE $TRIMTAB_POOL\"");
+    assert_eq!(ended(config(says), address).await.said(), "10.0.0.1 5432 r1 sql");
+    let outcome = ended(config(shell("echo ill; exit 2")), address).await;
+    assert_eq!((outcome.verdict(), outcome.said().as_str()), (Verdict::Failed, "exit status: 2: ill"));
+    let babbles = ended(config(shell("head -c 1000000 /dev/zero | tr '\\0' x")), address).await;
+    assert_eq!((babbles.verdict(), babbles.said().len()), (Verdict::Passed, ANSWER_CHARS_MAX));
+    let missing = Dialogue::Command(CommandLine { program: "/nowhere".into(), arguments: Vec::new() });
+    assert!(ended(config(missing), address).await.said().starts_with("/nowhere cannot be run"));
+
+    let folder = std::env::temp_dir().join(format!("trimtab-checks-{}", std::process::id()));
+    let script = format!("echo $$ > {}; sleep 100 & sleep 100", folder.display());
+    let hangs = CheckConfig { timeout: Duration::from_millis(500), ..config(shell(&script)) };
+    assert_eq!(ended(hangs, address).await.verdict(), Verdict::TimedOut);
+    let group = std::fs::read_to_string(&folder).unwrap();
+    std::fs::remove_file(&folder).unwrap();
+    let group = rustix::process::Pid::from_raw(group.trim().parse().unwrap()).unwrap();
+    let gone = async {
+        while rustix::process::test_kill_process_group(group).is_ok() {
+            // Orphans are waited for by another process.
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let _ = timeout(SOON, gone).await;
+    let left = std::fs::read_dir("/proc").unwrap().flatten().filter(|entry| {
+        let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        let after: Vec<_> = stat.rsplit_once(')').map_or("", |(_, after)| after).split_whitespace().collect();
+        // State and process group; a zombie is dead.
+        after.first() != Some(&"Z") && after.get(2) == Some(&group.as_raw_nonzero().to_string().as_str())
+    });
+    assert_eq!(left.count(), 0, "nothing of it goes on");
+}
+
+#[tokio::test]
+async fn tls_is_believed_or_not_asked_about() {
+    let rcgen::CertifiedKey { cert, signing_key } =
+        rcgen::generate_simple_self_signed(vec!["db.example".to_owned()]).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let key = rustls::pki_types::PrivateKeyDer::try_from(signing_key.serialize_der()).unwrap();
+    let server = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![cert.der().clone()], key)
+        .unwrap();
+    let acceptor = TlsAcceptor::from(Arc::new(server));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            if let Ok(mut stream) = acceptor.accept(stream).await {
+                let _ = stream.write_all(b"220 secret\r\n").await;
+                let mut said = Vec::new();
+                let _ = stream.read_to_end(&mut said).await;
+                assert!(said.is_empty() || said == b"QUIT\r\n");
+            }
+        }
+    });
+    let folder = std::env::temp_dir().join(format!("trimtab-checks-ca-{}", std::process::id()));
+    std::fs::write(&folder, cert.pem()).unwrap();
+    let of = |verify, server_name: Option<&str>, ca| TlsConfig {
+        server_name: server_name.map(str::to_owned),
+        verify,
+        ca,
+    };
+    let ask = async |dialogue, tls| ended(CheckConfig { tls: Some(tls), ..config(dialogue) }, address).await;
+    let said = ask(Dialogue::Ftp, of(true, Some("db.example"), Some(folder.clone()))).await.said();
+    assert_eq!(said, "220 secret");
+    assert_eq!(ask(Dialogue::Tls, of(false, None, None)).await.verdict(), Verdict::Passed);
+    for wrong in [of(true, Some("db.example"), None), of(true, Some("other.example"), Some(folder.clone()))] {
+        let outcome = ask(Dialogue::Tls, wrong).await;
+        assert!(outcome.said().starts_with("no TLS: "), "{}", outcome.said());
+    }
+    std::fs::remove_file(&folder).unwrap();
+    assert!(
+        Check::new(CheckConfig { tls: Some(of(true, None, Some(folder))), ..config(Dialogue::Tls) }).is_err()
+    );
+}
