@@ -1,4 +1,5 @@
-//! The pure TCP flow: what to receive, send, shut and close, and when. It moves no byte, opens no socket, reads no clock.
+//! The pure flows: TCP's (what to receive, send, shut and close, and when) and UDP's (module [`udp`]). Moves no byte, opens
+//! no socket, reads no clock.
 //!
 //! ```text
 //! completion -> Input -> Flow::handle(now) -> Outputs -> submissions
@@ -13,6 +14,7 @@
 
 mod chunk;
 mod tcp;
+pub mod udp;
 mod wheel;
 
 pub use chunk::{BufferId, Chunk, Chunks};
