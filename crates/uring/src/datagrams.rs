@@ -4,7 +4,9 @@
 //! four numbers, the sender's address, control messages, the payload. The sizes of the second and third are those that the
 //! submission asked for, whatever is in them.
 
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::ring::write_address;
 
@@ -149,7 +151,8 @@ fn for_each_control(mut control: &[u8], mut each: impl FnMut(i32, i32, &[u8])) {
     const LENGTH: usize = size_of::<usize>();
     while let Some(length) = control.first_chunk::<LENGTH>().map(|bytes| usize::from_ne_bytes(*bytes)) {
         let Some(message) = control.get(..length).filter(|_| length >= CONTROL_HEADER) else { return };
-        let int = |at: usize| i32::from_ne_bytes([message[at], message[at + 1], message[at + 2], message[at + 3]]);
+        let int =
+            |at: usize| i32::from_ne_bytes([message[at], message[at + 1], message[at + 2], message[at + 3]]);
         each(int(LENGTH), int(LENGTH + 4), &message[CONTROL_HEADER..]);
         control = control.get(length.next_multiple_of(LENGTH)..).unwrap_or_default();
     }
@@ -172,6 +175,55 @@ fn read_address(name: &[u8]) -> Option<SocketAddr> {
         }
         _ => None,
     }
+}
+
+/// Receives what waits on a socket, without waiting, and leaves it in the buffer as a multishot `recvmsg` would; for engines that
+/// have none. Gives the result of the completion.
+///
+/// # Errors
+/// As `recvmsg(2)`.
+pub fn receive_message(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<i32> {
+    let Some((front, payload)) = buffer.split_at_mut_checked(PAYLOAD_AT) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let mut part = libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: payload.len() };
+    let (header, rest) = front.split_at_mut(HEADER_BYTES);
+    let (name, control) = rest.split_at_mut(NAME_BYTES);
+    // SAFETY: msghdr is a C struct of integers and pointers, for which all zeroes is a value.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_name = name.as_mut_ptr().cast();
+    message.msg_namelen = name.len() as libc::socklen_t;
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = control.len() as _;
+    // SAFETY: every pointer in the message is to memory that is borrowed here, with its length.
+    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
+    let length = u32::try_from(received).map_err(|_| io::Error::last_os_error())?;
+    let numbers = [message.msg_namelen, message.msg_controllen as u32, length, message.msg_flags as u32];
+    for (place, number) in header.chunks_exact_mut(4).zip(numbers) {
+        place.copy_from_slice(&number.to_ne_bytes());
+    }
+    Ok((PAYLOAD_AT + length as usize) as i32)
+}
+
+/// Sends the parts as [`crate::Ring::send_datagrams`] does, at once; for engines that have no sends of their own.
+///
+/// # Errors
+/// As `sendmsg(2)`.
+pub fn send_message<'a>(
+    socket: BorrowedFd<'_>,
+    (to, from): (Option<&SocketAddr>, Option<Local>),
+    parts: impl Iterator<Item = &'a [u8]>,
+    segment: u32,
+) -> io::Result<usize> {
+    let mut messages = Messages::new();
+    let parts = parts.map(|part| (part.as_ptr(), part.len() as u32));
+    let message = messages.message(to, Control::new(segment, from), parts);
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: the message and all that it points to are in `messages` and in the borrowed parts until the call returns.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), message, flags) };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
 /// What queued sends of datagrams point to. The kernel has read all of it when it has taken the submission: datagrams are sent
@@ -201,7 +253,9 @@ impl Messages {
 
     /// Whether a send of so many parts must wait until the queue is handed over.
     pub(crate) fn is_full(&self, parts: usize) -> bool {
-        self.addresses.len() >= MESSAGES_MAX || self.headers.len() >= MESSAGES_MAX || self.parts.len() + parts > PARTS_MAX
+        self.addresses.len() >= MESSAGES_MAX
+            || self.headers.len() >= MESSAGES_MAX
+            || self.parts.len() + parts > PARTS_MAX
     }
 
     /// The kernel has read it all.
@@ -244,7 +298,8 @@ impl Messages {
         header.msg_namelen = name_length;
         header.msg_iov = self.parts.as_mut_ptr().wrapping_add(first);
         header.msg_iovlen = count as _;
-        header.msg_control = if control_length == 0 { std::ptr::null_mut() } else { control.cast_mut().cast() };
+        header.msg_control =
+            if control_length == 0 { std::ptr::null_mut() } else { control.cast_mut().cast() };
         header.msg_controllen = control_length as _;
         push(&mut self.headers, MESSAGES_MAX, header)
     }
@@ -266,7 +321,8 @@ mod tests {
     fn control_messages_are_read_as_they_are_written() {
         let v4 = Local { ip: "192.0.2.7".parse().unwrap(), interface: 3 };
         let v6 = Local { ip: "fe80::7".parse().unwrap(), interface: 3 };
-        for (segment, from) in [(1_200, Some(v4)), (1_200, Some(v6)), (0, Some(v6)), (1_200, None), (0, None)] {
+        for (segment, from) in [(1_200, Some(v4)), (1_200, Some(v6)), (0, Some(v6)), (1_200, None), (0, None)]
+        {
             let control = Control::new(segment, from);
             let mut seen = Vec::new();
             for_each_control(&control.bytes[..control.used], |level, kind, data| {
@@ -274,7 +330,11 @@ mod tests {
             });
             let segments: Vec<_> = seen.iter().filter(|(level, ..)| *level == libc::SOL_UDP).collect();
             assert_eq!(segments.len(), usize::from(segment != 0));
-            assert!(segments.iter().all(|(_, kind, data)| *kind == libc::UDP_SEGMENT && *data == 1_200_u16.to_ne_bytes()));
+            assert!(
+                segments
+                    .iter()
+                    .all(|(_, kind, data)| *kind == libc::UDP_SEGMENT && *data == 1_200_u16.to_ne_bytes())
+            );
             assert_eq!(seen.len() - segments.len(), usize::from(from.is_some()));
         }
     }
