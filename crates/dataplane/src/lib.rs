@@ -39,4 +39,5 @@ mod worker;
 
 pub use config::{Config, Limits, ListenerConfig, Target, Timeouts};
 pub use engine::{Engine, ProbeError};
+pub use config::{Protocol, ServerIdForm, UdpConfig};
 pub use run::{Bound, Dataplane, StartError, WorkerFailed, bind};

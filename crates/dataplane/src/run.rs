@@ -17,13 +17,14 @@ use rustix::thread::{CpuSet, sched_getaffinity};
 use uring::{Ring, SetupError};
 
 use crate::clock::Clock;
-use crate::config::{Config, Limits};
+use crate::config::{Config, Limits, Protocol};
 use crate::engine::{Engine, Epoll, ProbeError, TokioUring, choose};
 use crate::io::Io;
 use crate::listen;
 use crate::pipes::PIPES_MAX;
 use crate::stats::{Stats, WorkerStats};
-use crate::worker::{Worker, WorkerSetup};
+use crate::worker::udp::UdpShared;
+use crate::worker::{self, ListenerSetup, Worker, WorkerSetup};
 
 /// Descriptors kept back from flows for rings, listeners, control, files; and for each worker's pipes.
 const DESCRIPTORS_RESERVED: u64 = 128;
@@ -35,15 +36,20 @@ const DESCRIPTORS_PER_WORKER: u64 = 2 * PIPES_MAX as u64 + 8;
 pub enum StartError {
     /// Somebody listens there already.
     #[error(
-        "cannot listen on tcp://{address}: the port is in use; stop what listens there (`ss -ltnp`) or choose another"
+        "cannot listen on {protocol}://{address}: the port is in use; stop what listens there (`ss -ltunp`) or choose \
+         another"
     )]
     AddressInUse {
+        /// `tcp` or `udp`.
+        protocol: &'static str,
         /// Where.
         address: SocketAddr,
     },
     /// The address is not one of this host's, or the port needs a privilege.
-    #[error("cannot listen on tcp://{address}: {source}")]
+    #[error("cannot listen on {protocol}://{address}: {source}")]
     Bind {
+        /// `tcp` or `udp`.
+        protocol: &'static str,
         /// Where.
         address: SocketAddr,
         /// The kernel's answer.
@@ -162,12 +168,17 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
     let mut addresses = Vec::new();
     let mut sockets = Vec::new();
     for listener in &config.listeners {
-        match listen::listen(listener.bind, workers, &config.timeouts) {
+        let bound = match &listener.protocol {
+            Protocol::Tcp => listen::listen(listener.bind, workers, &config.timeouts),
+            // Where each flow takes so many datagrams, trains of them would have to be cut.
+            Protocol::Udp(udp) => listen::listen_udp(listener.bind, workers, udp.requests == 0),
+        };
+        match bound {
             Ok((address, bound)) => {
                 addresses.push(address);
                 sockets.push(bound);
             }
-            Err(source) => errors.push(bind_error(listener.bind, source)),
+            Err(source) => errors.push(bind_error(listener.protocol.name(), listener.bind, source)),
         }
     }
     for &address in &config.sources {
@@ -181,7 +192,12 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
     }
     let Some(engine) = engine.filter(|_| errors.is_empty()) else { return Err(errors) };
     let stats = Stats {
-        listeners: addresses.iter().copied().zip(config.listeners.iter().map(|l| l.pool().clone())).collect(),
+        listeners: config
+            .listeners
+            .iter()
+            .zip(&addresses)
+            .map(|(listener, address)| (listener.protocol.name(), *address, listener.pool().clone()))
+            .collect(),
         workers: (0..workers)
             .map(|_| Arc::new(WorkerStats::new(config.listeners.len(), config.decision_sample)))
             .collect(),
@@ -224,8 +240,11 @@ impl Bound {
             stats: Arc::clone(&self.stats),
         };
         let (clock, engine) = (self.clock, self.stats.engine.engine);
+        let cids_max = flows_max(&self.config.limits, self.workers) as usize;
+        let datagrams: Vec<_> =
+            self.addresses.iter().map(|_| Arc::new(UdpShared::new(worker::seed(0), cids_max))).collect();
         for worker in 0..self.workers {
-            let setup = self.worker_setup(worker, clock, &shared);
+            let setup = self.worker_setup(worker, clock, &shared, &datagrams);
             let ready = ready.clone();
             let shared = Arc::clone(&shared);
             let thread =
@@ -252,7 +271,13 @@ impl Bound {
         Ok(dataplane)
     }
 
-    fn worker_setup(&mut self, worker: usize, clock: Clock, shared: &Arc<Shared>) -> WorkerSetup {
+    fn worker_setup(
+        &mut self,
+        worker: usize,
+        clock: Clock,
+        shared: &Arc<Shared>,
+        datagrams: &[Arc<UdpShared>],
+    ) -> WorkerSetup {
         let limits = self.config.limits;
         let flows_max = flows_max(&limits, self.workers);
         let listeners = self.sockets.iter_mut().zip(&self.config.listeners);
@@ -264,7 +289,17 @@ impl Bound {
             stats: Arc::clone(&self.stats.workers[worker]),
             buffer_bytes: Arc::clone(&self.stats),
             listeners: listeners
-                .map(|(sockets, l)| (sockets.remove(0), l.targets.iter().map(|t| t.table.reader()).collect()))
+                .enumerate()
+                .map(|(index, (sockets, listener))| ListenerSetup {
+                    socket: sockets.remove(0),
+                    readers: listener.targets.iter().map(|target| target.table.reader()).collect(),
+                    udp: match &listener.protocol {
+                        Protocol::Tcp => None,
+                        Protocol::Udp(udp) => {
+                            Some((udp.clone(), self.addresses[index], Arc::clone(&datagrams[index])))
+                        }
+                    },
+                })
                 .collect(),
             flows_max,
             buffers_max: if limits.buffers_max == 0 {
@@ -370,10 +405,10 @@ const fn instead(engine: Engine) -> &'static str {
     }
 }
 
-fn bind_error(address: SocketAddr, source: io::Error) -> StartError {
+fn bind_error(protocol: &'static str, address: SocketAddr, source: io::Error) -> StartError {
     match source.kind() {
-        io::ErrorKind::AddrInUse => StartError::AddressInUse { address },
-        _ => StartError::Bind { address, source },
+        io::ErrorKind::AddrInUse => StartError::AddressInUse { protocol, address },
+        _ => StartError::Bind { protocol, address, source },
     }
 }
 

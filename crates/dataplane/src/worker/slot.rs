@@ -6,13 +6,19 @@ use std::sync::Arc;
 use allocation::{AllocationTable, LiveFacts, OpenFlow, Reader, Selector, Timestamp};
 use flow::{Flow, Side};
 
+use super::udp::UdpListener;
 use crate::pipes::Pipe;
 use crate::stats::Shed;
 
 pub(super) struct Listener {
     /// `None` once it is closed.
     pub(super) socket: Option<OwnedFd>,
+    /// An accept or a receive is in flight.
     pub(super) armed: bool,
+    /// It was cancelled, to close the socket.
+    pub(super) closing: bool,
+    /// What listeners of datagrams have beside it.
+    pub(super) udp: Option<UdpListener>,
     /// Whom its flows are given to: the first is the default.
     pub(super) targets: Box<[Target]>,
 }

@@ -208,10 +208,8 @@ impl<T> Flows<T> {
         let Some(flow) = self.open_mut(index) else { return };
         flow.asked = flow.asked.saturating_add(datagrams);
         flow.moved = now;
-        if tuning.requests != 0 && flow.asked >= tuning.requests && flow.named {
-            flow.named = false;
-            let tuple = flow.tuple;
-            self.named.remove(&tuple);
+        if tuning.requests != 0 && flow.asked >= tuning.requests {
+            self.unname(index);
         }
     }
 
@@ -238,15 +236,20 @@ impl<T> Flows<T> {
         }
     }
 
-    /// The flow is over; its slot stays until [`Flows::remove`]. False where it was over already.
-    pub fn end(&mut self, index: u32) -> bool {
-        let Some(flow) = self.open_mut(index) else { return false };
-        flow.ended = true;
-        if flow.named {
+    /// The flow gives its tuple up: the next datagram from there begins another one.
+    pub fn unname(&mut self, index: u32) {
+        if let Some(flow) = self.open_mut(index).filter(|flow| flow.named) {
             flow.named = false;
             let tuple = flow.tuple;
             self.named.remove(&tuple);
         }
+    }
+
+    /// The flow is over; its slot stays until [`Flows::remove`]. False where it was over already.
+    pub fn end(&mut self, index: u32) -> bool {
+        self.unname(index);
+        let Some(flow) = self.open_mut(index) else { return false };
+        flow.ended = true;
         self.wheel.disarm(index);
         self.open -= 1;
         true
