@@ -335,7 +335,7 @@ fn a_flow_that_is_answered_is_over() {
     let proxy = Proxy::tuned(&[named("a"), named("b")], |udp| udp.responses = 1);
     let client = proxy.client();
     let answers: Vec<_> = (0..4).map(|_| ask(&client, b"query")).collect();
-    assert_eq!(answers, [b"a", b"b", b"a", b"b"], "each query is a flow of its own");
+    assert!(answers[0] != answers[1] && answers[..2] == answers[2..], "each query is a flow of its own: {answers:?}");
     eventually("all are over", || proxy.closed("ended") == 4);
     proxy.finish();
     // Two questions before the first answer: one flow, which ends with the second answer.

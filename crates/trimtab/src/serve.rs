@@ -20,7 +20,8 @@ use store::Store;
 use crate::cli::ServeArgs;
 use crate::config::{Config, EndpointConfig, ListenerConfig};
 use crate::failure::Failure;
-use crate::units::ListenAddress;
+use crate::proxy::engine_reason;
+use crate::units::{ListenAddress, Transport};
 use crate::upstream::Upstreams;
 use crate::{check, host_name, life, publishing};
 
@@ -157,7 +158,13 @@ fn dataplane_config(config: &Config, pools: &Pools) -> dataplane::Config {
     let listeners = config.listeners.iter().filter_map(|listener| {
         // The configuration was refused if a listener names no pool.
         let table = pools.table(config, listener)?;
-        Some(dataplane::ListenerConfig::new(listener.bind.0, listener.pool.clone(), table))
+        let ListenAddress { transport, address } = listener.bind;
+        Some(match transport {
+            Transport::Tcp => dataplane::ListenerConfig::new(address, listener.pool.clone(), table),
+            Transport::Udp => {
+                dataplane::ListenerConfig::udp(address, listener.pool.clone(), table, listener.udp.clone())
+            }
+        })
     });
     let mut made = dataplane::Config::new(listeners.collect());
     let told = &config.dataplane;
@@ -188,7 +195,7 @@ fn control_config(
         listeners: addresses
             .iter()
             .filter(|(listener, _)| listener.pool == pool.name)
-            .map(|(_, address)| ListenAddress(*address).to_string())
+            .map(|(listener, address)| listener.bind.at(*address).to_string())
             .collect(),
     });
     ControlConfig {
@@ -222,7 +229,7 @@ fn balancer_id() -> String {
 /// What scripts wait for: where everything listens, with the ports that were really bound.
 fn lines(config: &Config, bound: &Bound, control: &Control) -> String {
     let listening = |(listener, address): (&ListenerConfig, SocketAddr)| {
-        format!("listening {} pool={}\n", ListenAddress(address), listener.pool)
+        format!("listening {} pool={}\n", listener.bind.at(address), listener.pool)
     };
     let listeners: String = config.listeners.iter().zip(bound.addresses()).map(listening).collect();
     format!(
