@@ -38,6 +38,6 @@ mod stats;
 mod worker;
 
 pub use config::{Config, Limits, ListenerConfig, Target, Timeouts};
-pub use engine::{Engine, ProbeError};
 pub use config::{Protocol, ServerIdForm, UdpConfig};
+pub use engine::{Engine, ProbeError};
 pub use run::{Bound, Dataplane, StartError, WorkerFailed, bind};

@@ -131,10 +131,9 @@ impl World {
                     answered: 0,
                     refusals: 0,
                     moved: self.now,
-                    doubted_until: None,
+                    doubted_until: Some(self.now + 1_000),
                 };
                 self.shadows.insert(index, shadow);
-                self.place(index);
                 index
             }
         };
@@ -151,9 +150,8 @@ impl World {
     }
 
     fn place(&mut self, index: u32) {
-        let doubted = self.below(3) == 0;
-        self.flows.placed(index, doubted, self.now(), &self.tuning);
-        self.shadows.get_mut(&index).unwrap().doubted_until = doubted.then_some(self.now + 1_000);
+        self.flows.placed(index, self.now(), &self.tuning);
+        self.shadows.get_mut(&index).unwrap().doubted_until = Some(self.now + 1_000);
     }
 
     fn some_flow(&mut self) -> Option<u32> {

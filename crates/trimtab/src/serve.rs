@@ -20,7 +20,6 @@ use store::Store;
 use crate::cli::ServeArgs;
 use crate::config::{Config, EndpointConfig, ListenerConfig};
 use crate::failure::Failure;
-use crate::proxy::engine_reason;
 use crate::units::{ListenAddress, Transport};
 use crate::upstream::Upstreams;
 use crate::{check, host_name, life, publishing};

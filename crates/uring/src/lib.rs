@@ -27,8 +27,8 @@ mod socket;
 mod token;
 
 pub use buffers::{BufferPool, Group, Memory};
+pub use datagrams::{DATAGRAM_OVERHEAD, Datagrams, Local, Part, receive_message, send_message};
 pub use lent::Lent;
 pub use ring::{Completion, EnterError, Ring, Setup, SetupError, Wait};
 pub use socket::{bind_address_no_port, receive_destination, receive_trains};
-pub use datagrams::{DATAGRAM_OVERHEAD, Datagrams, Local, Part, receive_message, send_message};
 pub use token::{Op, Token};

@@ -161,8 +161,7 @@ impl Ring {
             .setup_clamp()
             .setup_cqsize(setup.submissions * 4);
         let ring = builder.build(setup.submissions).map_err(SetupError::at("io_uring_setup"))?;
-        let mut pool = BufferPool::new(&setup)
-            .map_err(SetupError::at("reserving memory for buffers"))?;
+        let mut pool = BufferPool::new(&setup).map_err(SetupError::at("reserving memory for buffers"))?;
         for (address, entries, group) in pool.registrations() {
             // SAFETY: the address is that of a mapping of `entries` buffer ring entries, page-aligned, which this struct
             // keeps until after the ring is gone (see `Drop`).

@@ -33,8 +33,8 @@ use rustix::net::{Shutdown, sockopt};
 use tokio_uring::{InFlightOneshot, OneshotOutputTransform, Runtime, UnsubmittedOneshot};
 use uring::oneshot::{self, Oneshot, Outcome};
 use uring::{
-    BufferPool, Completion, Datagrams, EnterError, Group, Lent, Local, Memory, Part, Setup, SetupError, Token,
-    Wait,
+    BufferPool, Completion, Datagrams, EnterError, Group, Lent, Local, Memory, Part, Setup, SetupError,
+    Token, Wait,
 };
 
 use super::readiness::{Mix, Turn, accept, begin_connect, receive_datagrams, send_datagrams};

@@ -20,8 +20,8 @@ use allocation::Timestamp;
 use super::tuple::{Keyed, Tuple};
 use crate::TimerWheel;
 
-/// How long a backend that was refusing before must stay silent about a datagram until it is taken to have got it: an ICMP
-/// error comes within a round trip, and services that never answer (logs, statistics) give no other sign.
+/// How long a backend must stay silent about a datagram until it is taken to have got it: an ICMP error comes within a round
+/// trip, and services that never answer (logs, statistics) give no other sign.
 const REFUSAL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How flows of a listener are kept.
@@ -71,7 +71,7 @@ pub enum Refusal {
 pub enum Expiry {
     /// Nothing went either way for the idle timeout: it is over.
     Idle,
-    /// Its backend, which had refused others before, did not refuse it.
+    /// Its backend has neither answered nor refused it: it was reached.
     NotRefused,
 }
 
@@ -168,7 +168,7 @@ impl<T> Flows<T> {
             answered: 0,
             refusals: 0,
             moved: now,
-            refusable: Timestamp::NEVER,
+            refusable: now + REFUSAL_PATIENCE,
             armed_for: Timestamp::NEVER,
             value,
         };
@@ -193,11 +193,11 @@ impl<T> Flows<T> {
         Ok(index)
     }
 
-    /// The flow has a (further) backend. `doubted`: it has refused others, so its silence is to be noticed.
-    pub fn placed(&mut self, index: u32, doubted: bool, now: Timestamp, tuning: &Tuning) {
+    /// The flow has another backend than at first.
+    pub fn placed(&mut self, index: u32, now: Timestamp, tuning: &Tuning) {
         if let Some(flow) = self.open_mut(index) {
             flow.answered = 0;
-            flow.refusable = if doubted { now + REFUSAL_PATIENCE } else { Timestamp::NEVER };
+            flow.refusable = now + REFUSAL_PATIENCE;
             self.follow_deadline(index, tuning);
         }
     }

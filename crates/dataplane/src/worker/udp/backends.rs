@@ -80,7 +80,7 @@ impl<I: Io> Worker<I> {
         let Some(udp) = &self.listeners[usize::from(flow.listener)].udp else { return Ok(()) };
         if !flow.answered {
             flow.answered = true;
-            self.udp.kept_bytes -= flow.first.take().map_or(0, |first| first.len());
+            self.udp.kept_bytes -= flow.forget_kept();
             if let Some(open) = &flow.open {
                 open.reached();
                 open.answered();
@@ -125,20 +125,30 @@ impl<I: Io> Worker<I> {
             return self.give_up(id, Dropped::Refused);
         }
         let of_this_backend = self.udp.flows.get(to.flow).is_some_and(|flow| flow.attempt == to.attempt);
-        match (of_this_backend, releases) {
-            (true, true) => self.refused(to.flow, Some((id, to))),
-            (true, false) => {
-                // Its bytes are in a buffer of another send, which gives it back before this one could go out again.
-                self.give_up(id, Dropped::Refused)?;
-                self.refused(to.flow, None)
-            }
-            // The flow has moved on already.
-            (false, true) => {
-                self.requeue(id, to.flow);
-                Ok(())
-            }
-            (false, false) => self.give_up(id, Dropped::Refused),
+        if of_this_backend && releases {
+            return self.refused(to.flow, Some((id, to)));
         }
+        if of_this_backend {
+            self.refused(to.flow, None)?;
+        }
+        let went_out = self.was_resent(id, to);
+        if went_out {
+            self.superseded(id);
+            Ok(())
+        } else if releases {
+            self.requeue(id, to.flow);
+            Ok(())
+        } else {
+            // Its bytes are in a buffer of another send, which gives it back before this one could go out again.
+            self.give_up(id, Dropped::Refused)
+        }
+    }
+
+    /// Whether all that a send carries was kept and went to the flow's newer backend.
+    fn was_resent(&self, id: u32, to: Destination) -> bool {
+        let (train, ..) = self.send_of(id);
+        let resent_below = self.udp.flows.get(to.flow).map_or(0, |flow| flow.resent_below);
+        to.number.saturating_add(train.datagrams()) <= resent_below
     }
 
     /// The flow's backend refused a datagram. Another one is tried once, with what is still there of what the client said.
@@ -183,25 +193,26 @@ impl<I: Io> Worker<I> {
                 return Ok(());
             }
         };
-        let doubted = open.live().is_down();
         open.opened();
         flow.attempt = flow.attempt.wrapping_add(1);
         flow.trains = false;
         flow.asked_micros = now.micros;
         flow.address = address;
-        let again = flow.first.as_ref().filter(|_| !unsent.is_some_and(|(_, to)| to.first));
-        if let Some(first) = again
-            && let Err(error) = rustix::net::send(&socket, first, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
-        {
-            tracing::debug!(%address, %error, "could not send a refused datagram to another backend");
-            self.stats.listeners[listener].dropped(Dropped::Refused, 1);
+        for (_, datagram) in &flow.kept {
+            if let Err(error) = rustix::net::send(&socket, datagram, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                tracing::debug!(%address, %error, "could not send a refused datagram to another backend");
+                self.stats.listeners[listener].dropped(Dropped::Refused, 1);
+            }
         }
-        let Some(flow) = self.udp.flows.get_mut(index) else { return Ok(()) };
+        flow.resent_below = flow.kept.last().map_or(0, |(number, _)| number + 1);
+        self.udp.kept_bytes -= flow.forget_kept();
         flow.open = Some(open);
         flow.socket = Some(socket);
-        self.udp.flows.placed(index, doubted, now.timestamp(), &tuning);
-        if let Some((id, _)) = unsent {
-            self.requeue(id, index);
+        self.udp.flows.placed(index, now.timestamp(), &tuning);
+        match unsent {
+            Some((id, to)) if self.was_resent(id, to) => self.superseded(id),
+            Some((id, _)) => self.requeue(id, index),
+            None => {}
         }
         if receiving { Ok(()) } else { self.arm_flow(index) }
     }

@@ -15,7 +15,7 @@ use uring::{Completion, EnterError, Local, Part};
 use super::super::connect::{excluded, local_failure};
 use super::super::slot::Moved;
 use super::sends::NONE;
-use super::{KEPT_BYTES, KEPT_MAX, Learned, UdpFlow, Unarmed, Worker, ip_of, is_refusal, lock};
+use super::{KEPT_BYTES, KEPT_MAX, KEPT_PER_FLOW, KnownServers, Learned, UdpFlow, Unarmed, Worker, ip_of, is_refusal, lock};
 use crate::io::Io;
 use crate::stats::{Dropped, Shed};
 
@@ -86,7 +86,12 @@ impl<I: Io> Worker<I> {
     pub(super) fn asked(&mut self, flow: u32, train: Train, part: Option<Part>) {
         let Some(listener) = self.udp.flows.get(flow).map(|flow| usize::from(flow.listener)) else { return };
         let Some(udp) = &self.listeners[listener].udp else { return };
+        let retries = udp.tuning.retries;
+        let number = self.udp.flows.requests(flow);
         self.udp.flows.asked(flow, train.datagrams(), self.now.timestamp(), &udp.tuning);
+        if let Some(part) = part.filter(|_| retries > 0) {
+            self.keep(flow, number, train, part);
+        }
         self.queue_datagrams(flow, Side::Backend, train, part);
     }
 
@@ -135,14 +140,11 @@ impl<I: Io> Worker<I> {
                 return Ok(None);
             }
         };
-        let doubted = placed.open.live().is_down();
         placed.open.opened();
-        let first = self.keep(tuning.retries, train, part);
         let id = self.udp.next_id;
         self.udp.next_id += 1;
         let flow = UdpFlow {
             listener: listener as u16,
-            target: 0,
             client,
             local,
             socket: Some(placed.socket),
@@ -157,7 +159,8 @@ impl<I: Io> Worker<I> {
             trains_wanted: false,
             no_trains: [false; 2],
             burst: (0, 0),
-            first,
+            kept: Vec::new(),
+            resent_below: 0,
             building: [NONE; 2],
             answered: false,
             opened_micros: self.now.micros,
@@ -181,20 +184,28 @@ impl<I: Io> Worker<I> {
             stats.closed(CloseReason::Exhausted);
             return Ok(None);
         };
-        self.udp.flows.placed(index, doubted, now, &tuning);
         self.arm_flow(index)?;
         Ok(Some(index))
     }
 
-    /// A copy of what the client says first, for another backend.
-    fn keep(&mut self, retries: u8, train: Train, part: Part) -> Option<Box<[u8]>> {
-        let length = train.lengths().next().unwrap_or(0);
-        let room = self.udp.kept_bytes + length as usize <= KEPT_MAX;
-        if retries == 0 || length > KEPT_BYTES || !room {
-            return None;
+    /// Copies what the client says before its backend is known to be there.
+    fn keep(&mut self, index: u32, number: u32, train: Train, part: Part) {
+        let Self { ring, udp, .. } = self;
+        let Some(flow) = udp.flows.get_mut(index).filter(|flow| !flow.answered && flow.attempt == 0) else {
+            return;
+        };
+        let mut start = part.start;
+        for (number, length) in (number..).zip(train.lengths()) {
+            let fits = length <= KEPT_BYTES && udp.kept_bytes + length as usize <= KEPT_MAX;
+            // In one row: whatever is sent again is sent up to a number.
+            let next = flow.kept.last().map_or(0, |(last, _)| last + 1);
+            if !fits || number != next || flow.kept.len() >= KEPT_PER_FLOW {
+                return;
+            }
+            udp.kept_bytes += length as usize;
+            flow.kept.push((number, ring.bytes(part.buffer, start, length).into()));
+            start += length;
         }
-        self.udp.kept_bytes += length as usize;
-        Some(self.ring.bytes(part.buffer, part.start, length).into())
     }
 
     /// A backend that was not tried, and a socket connected to it. A QUIC connection goes to the backend it is with.
@@ -263,7 +274,7 @@ impl<I: Io> Worker<I> {
         let listener = &mut listeners[listener];
         let udp = listener.udp.as_mut().filter(|udp| udp.quic)?;
         let packet = ring.bytes(part.buffer, part.start, part.length);
-        if let Some((form, known)) = &mut udp.server_ids {
+        if let Some(KnownServers { form, of: known }) = &mut udp.server_ids {
             let table = Arc::clone(listener.targets[0].table());
             let members = table.members();
             // Read once for each membership: whoever sends packets from ever new addresses must not make us look at all.

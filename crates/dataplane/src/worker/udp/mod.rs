@@ -20,8 +20,8 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use allocation::{LiveFacts, Members, OpenFlow, Timestamp};
+use flow::CloseReason;
 use flow::udp::{Cid, Cids, Expiry, Flows, ServerIdForm, ServerIds, Tuning};
-use flow::{CloseReason, Side};
 use rustix::io::Errno;
 use uring::{Completion, EnterError, Group, Local, Op, Token};
 
@@ -41,10 +41,12 @@ const DATAGRAMS_AT_START: u32 = 64;
 pub(super) const DATAGRAMS_MAX: u32 = 1_024;
 /// Bytes of one: the largest datagram or train, and what the kernel puts before it.
 pub(super) const DATAGRAM_BYTES: u32 = 65_536 + uring::DATAGRAM_OVERHEAD;
-/// Most bytes of first datagrams that are kept, so that they can be sent to another backend. Those beyond it cannot.
+/// Most bytes of datagrams that are kept until their flow's backend answers or does not refuse, so that they can be sent to
+/// another one. Those beyond it cannot.
 const KEPT_MAX: usize = 16 << 20;
-/// Longest datagram that is kept: what fits an Ethernet frame.
+/// Longest datagram that is kept: what fits an Ethernet frame. And most of one flow.
 const KEPT_BYTES: u32 = 1_472;
+const KEPT_PER_FLOW: usize = 8;
 /// Answers of a flow within a batch after which its socket receives trains: a transfer, not an exchange.
 const TRAINS_AFTER: u8 = 8;
 /// IDs of its connection that a flow may learn: a server chooses one with a retry and one with its handshake.
@@ -78,8 +80,14 @@ pub(super) struct UdpListener {
     /// Bound to every address of the host: answers must say which one they are from.
     wildcard: bool,
     quic: bool,
-    server_ids: Option<(ServerIdForm, Option<(Arc<Members>, ServerIds<u32>)>)>,
+    server_ids: Option<KnownServers>,
     shared: Arc<UdpShared>,
+}
+
+/// Server ids of the pool's members, read once for each membership.
+struct KnownServers {
+    form: ServerIdForm,
+    of: Option<(Arc<Members>, ServerIds<u32>)>,
 }
 
 impl UdpListener {
@@ -94,7 +102,7 @@ impl UdpListener {
             flows_max: config.flows_max,
             wildcard: address.ip().is_unspecified(),
             quic: config.quic,
-            server_ids: config.quic_server_id.map(|form| (form, None)),
+            server_ids: config.quic_server_id.map(|form| KnownServers { form, of: None }),
             shared,
         }
     }
@@ -103,8 +111,6 @@ impl UdpListener {
 /// One flow.
 struct UdpFlow {
     listener: u16,
-    /// Of the listener's targets.
-    target: u16,
     client: SocketAddr,
     /// The address that the client asked, where the listener has many.
     local: Option<Local>,
@@ -128,8 +134,10 @@ struct UdpFlow {
     no_trains: [bool; 2],
     /// Answers in the batch of that number.
     burst: (u32, u8),
-    /// What it said first, until it is answered.
-    first: Option<Box<[u8]>>,
+    /// What it said first, each with the number of the datagram, until its backend is known to be there.
+    kept: Vec<(u32, Box<[u8]>)>,
+    /// Datagrams below this number were sent to another backend than at first.
+    resent_below: u32,
     /// Sends that are being put together, by the side they go to.
     building: [u32; 2],
     answered: bool,
@@ -144,6 +152,11 @@ struct UdpFlow {
 }
 
 impl UdpFlow {
+    /// Nothing will be sent to another backend. Gives the bytes that were kept for it.
+    fn forget_kept(&mut self) -> usize {
+        std::mem::take(&mut self.kept).iter().map(|(_, datagram)| datagram.len()).sum()
+    }
+
     fn hand_over_moved(&mut self) {
         let Moved { to_client, to_backend } = std::mem::take(&mut self.moved);
         if let Some(open) = self.open.as_ref().filter(|_| to_client | to_backend != 0) {
@@ -322,7 +335,7 @@ impl<I: Io> Worker<I> {
         flow.hand_over_moved();
         flow.open = None;
         flow.tried = Vec::new();
-        self.udp.kept_bytes -= flow.first.take().map_or(0, |first| first.len());
+        self.udp.kept_bytes -= flow.forget_kept();
         self.shared.flows_open.fetch_sub(1, Relaxed);
         if let Some(udp) = &self.listeners[usize::from(flow.listener)].udp {
             udp.shared.flows_open.fetch_sub(1, Relaxed);
@@ -356,8 +369,9 @@ impl<I: Io> Worker<I> {
             match expiry {
                 Expiry::Idle => self.end_udp(index, CloseReason::Idle)?,
                 Expiry::NotRefused => {
-                    if let Some(open) = self.udp.flows.get(index).and_then(|flow| flow.open.as_ref()) {
-                        open.reached();
+                    if let Some(flow) = self.udp.flows.get_mut(index) {
+                        self.udp.kept_bytes -= flow.forget_kept();
+                        flow.open.iter().for_each(OpenFlow::reached);
                     }
                 }
             }
@@ -405,10 +419,6 @@ fn is_refusal(errno: i32) -> bool {
     [Errno::CONNREFUSED, Errno::HOSTUNREACH, Errno::NETUNREACH, Errno::NOPROTOOPT, Errno::HOSTDOWN]
         .iter()
         .any(|refusal| refusal.raw_os_error() == errno)
-}
-
-const fn side(index: usize) -> Side {
-    if index == Side::Client as usize { Side::Client } else { Side::Backend }
 }
 
 /// The address without what it is bound to.

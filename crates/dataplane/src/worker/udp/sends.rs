@@ -46,8 +46,8 @@ pub(super) struct Destination {
     pub(super) listener: u16,
     pub(super) attempt: u8,
     pub(super) side: Side,
-    /// It begins with what the client said first.
-    pub(super) first: bool,
+    /// The number of its first datagram among those of the flow's client.
+    pub(super) number: u32,
 }
 
 impl Sends {
@@ -82,7 +82,7 @@ impl<I: Io> Worker<I> {
     /// Puts what was received into the next send of the flow to that side.
     pub(super) fn queue_datagrams(&mut self, index: u32, side: Side, train: Train, part: Option<Part>) {
         let generation = self.udp.flows.generation(index).unwrap_or_default();
-        let first = side == Side::Backend && self.udp.flows.requests(index) == train.datagrams();
+        let number = self.udp.flows.requests(index).wrapping_sub(train.datagrams());
         let Some(flow) = self.udp.flows.get_mut(index) else { return };
         let building = flow.building[side as usize];
         if let Some(part) = part
@@ -93,7 +93,7 @@ impl<I: Io> Worker<I> {
             return;
         }
         let (listener, attempt) = (flow.listener, flow.attempt);
-        let to = Destination { flow: index, generation, listener, attempt, side, first };
+        let to = Destination { flow: index, generation, listener, attempt, side, number };
         let id = self.udp.sends.begin(to, train, part, true);
         flow.building[side as usize] = id;
         self.udp.sends.queued.push(id);
@@ -152,10 +152,12 @@ impl<I: Io> Worker<I> {
         });
         let pieces: Vec<Part> = pieces.collect();
         let Some((last, before)) = pieces.split_last() else { return self.give_up(id, Dropped::Refused) };
-        for piece in before {
+        for (number, piece) in (to.number..).zip(before) {
+            let to = Destination { number, ..to };
             let single = self.udp.sends.begin(to, Train::received(piece.length, 0), Some(*piece), false);
             self.send_one(single)?;
         }
+        let to = Destination { number: to.number + before.len() as u32, ..to };
         let single = self.udp.sends.begin(to, Train::received(last.length, 0), Some(*last), releases);
         let others = parts.iter().map(|part| part.buffer).filter(|buffer| releases && *buffer != last.buffer);
         self.udp.sends.all[single as usize].also.extend(others);
@@ -217,6 +219,11 @@ impl<I: Io> Worker<I> {
     pub(super) fn send_of(&self, id: u32) -> (Train, Option<Part>, bool) {
         let send = &self.udp.sends.all[id as usize];
         (send.train, send.parts.first().copied(), send.releases)
+    }
+
+    /// Its datagrams went out otherwise.
+    pub(super) fn superseded(&mut self, id: u32) {
+        self.release_send(id);
     }
 
     /// It does not go out.
