@@ -248,7 +248,17 @@ pub struct OpenFlow {
 impl OpenFlow {
     /// The backend accepted the connection.
     pub fn connected(&self) {
+        self.opened();
+        self.reached();
+    }
+
+    /// The flow is given to the backend, which says nothing to that (UDP).
+    pub fn opened(&self) {
         self.live.flows_opened.fetch_add(1, Relaxed);
+    }
+
+    /// The backend can be reached.
+    pub fn reached(&self) {
         // A load first: writing the line on every connect would bounce it between the workers.
         let by_connects = self.live.fast_resets_in_a_row.load(Relaxed) < FAST_RESETS_MAX;
         if by_connects && self.live.failures_in_a_row.load(Relaxed) != 0 {

@@ -100,7 +100,7 @@ impl HistogramSnapshot {
 pub struct ListenerSnapshot {
     /// `tcp://127.0.0.1:5432`, with the port that was really bound.
     pub name: String,
-    /// `tcp`.
+    /// `tcp` or `udp`.
     pub protocol: &'static str,
     /// The pool it serves.
     pub pool: String,
@@ -112,6 +112,12 @@ pub struct ListenerSnapshot {
     pub bytes_to_backend: u64,
     /// Bytes delivered to clients.
     pub bytes_to_client: u64,
+    /// Datagrams delivered to backends; of `udp` alone.
+    pub datagrams_to_backend: u64,
+    /// Datagrams delivered to clients; of `udp` alone.
+    pub datagrams_to_client: u64,
+    /// Datagrams that were not delivered, by reason: a closed set of words; of `udp` alone.
+    pub datagrams_dropped: Vec<(&'static str, u64)>,
     /// Connects that failed and were tried on another backend.
     pub connect_retries: u64,
     /// Flows ended, by reason: a closed set of words.

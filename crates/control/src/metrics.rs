@@ -253,6 +253,8 @@ fn describe() {
     describe_gauge!("trimtab_flows_open", "Flows open now.");
     describe_counter!("trimtab_flows_closed_total", "Flows ended, by reason.");
     describe_counter!("trimtab_bytes_total", "Bytes delivered, by direction.");
+    describe_counter!("trimtab_udp_datagrams_total", "Datagrams delivered, by direction.");
+    describe_counter!("trimtab_udp_dropped_total", "Datagrams that were not delivered, by reason.");
     describe_counter!(
         "trimtab_connect_retries_total",
         "Connects that failed and were tried on another resource."
@@ -314,6 +316,17 @@ fn observe_listener(listener: &ListenerSnapshot) {
         counter!("trimtab_bytes_total", "listener" => name(), "direction" => direction).absolute(bytes);
     }
     counter!("trimtab_connect_retries_total", "listener" => name()).absolute(listener.connect_retries);
+    if listener.protocol == "udp" {
+        for (direction, datagrams) in
+            [("to_backend", listener.datagrams_to_backend), ("to_client", listener.datagrams_to_client)]
+        {
+            counter!("trimtab_udp_datagrams_total", "listener" => name(), "direction" => direction)
+                .absolute(datagrams);
+        }
+        for (reason, count) in &listener.datagrams_dropped {
+            counter!("trimtab_udp_dropped_total", "listener" => name(), "reason" => *reason).absolute(*count);
+        }
+    }
     for (reason, count) in &listener.flows_closed {
         counter!("trimtab_flows_closed_total", "listener" => name(), "reason" => *reason).absolute(*count);
     }

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use allocation::{PoolName, Publisher};
+pub use flow::udp::ServerIdForm;
 
 use crate::access::AccessLogConfig;
 use crate::engine::Engine;
@@ -53,6 +54,8 @@ impl Config {
 pub struct ListenerConfig {
     /// Where to accept. Port 0: any free one.
     pub bind: SocketAddr,
+    /// What is accepted there.
+    pub protocol: Protocol,
     /// Whom its flows are given to: the first is the default, and there is one at least.
     pub targets: Vec<Target>,
     /// How TCP behaves towards clients.
@@ -62,20 +65,75 @@ pub struct ListenerConfig {
 }
 
 impl ListenerConfig {
-    /// A listener whose flows go to one pool.
+    /// A listener of TCP whose flows go to one pool.
     pub fn new(bind: SocketAddr, pool: PoolName, table: Publisher) -> Self {
-        let connecting = Connecting::default();
         Self {
             bind,
-            targets: vec![Target { pool, table, connecting, share: None }],
+            protocol: Protocol::Tcp,
+            targets: vec![Target { pool, table, connecting: Connecting::default(), share: None }],
             tcp: ListenerTcp::default(),
             limits: ListenerLimits::default(),
         }
     }
 
+    /// The same for UDP.
+    pub fn udp(bind: SocketAddr, pool: PoolName, table: Publisher, udp: UdpConfig) -> Self {
+        Self { protocol: Protocol::Udp(udp), ..Self::new(bind, pool, table) }
+    }
+
     /// The pool that gets what nothing else is said of.
     pub(crate) fn pool(&self) -> &PoolName {
         &self.targets[0].pool
+    }
+}
+
+/// What a listener accepts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Protocol {
+    /// Connections.
+    Tcp,
+    /// Datagrams.
+    Udp(UdpConfig),
+}
+
+impl Protocol {
+    /// `tcp` or `udp`.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp(_) => "udp",
+        }
+    }
+}
+
+/// How a listener keeps flows of datagrams.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UdpConfig {
+    /// How long a flow may go without a datagram in either direction.
+    pub idle_timeout: Duration,
+    /// Datagrams with which a backend answers each of a client's; a flow of which all are answered is over. 0: nobody knows.
+    pub responses: u32,
+    /// Datagrams of a client in one flow; what it sends after them is a new flow. 0: any number.
+    pub requests: u32,
+    /// Flows of the listener that are open at once, over all workers; a datagram that would begin another one is dropped
+    /// (`sheds{reason="flows"}`). 0: as many as the dataplane takes.
+    pub flows_max: u32,
+    /// Datagrams are QUIC: clients that change their address stay on their backend by the ID of their connection.
+    pub quic: bool,
+    /// How backends put their own id into IDs of connections, where they do.
+    pub quic_server_id: Option<ServerIdForm>,
+}
+
+impl Default for UdpConfig {
+    fn default() -> Self {
+        Self {
+            idle_timeout: Duration::from_secs(60),
+            responses: 0,
+            requests: 0,
+            flows_max: 0,
+            quic: false,
+            quic_server_id: None,
+        }
     }
 }
 
@@ -130,7 +188,8 @@ impl ListenerLimits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Flows open at once, over all workers; a client beyond it is reset (`sheds{reason="flows"}`). 0: as many as the
-    /// descriptors of the process (`RLIMIT_NOFILE`) allow, two each, with some kept back for control.
+    /// descriptors of the process (`RLIMIT_NOFILE`) allow, two each (a flow of datagrams needs one), with some kept back for
+    /// control.
     pub flows_max: u32,
     /// Further backends that are tried when a connect fails; at most 7.
     pub connect_retries: u8,

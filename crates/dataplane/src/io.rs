@@ -16,7 +16,7 @@
 use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-use uring::{Completion, EnterError, Group, Ring, Setup, SetupError, Token, Wait};
+use uring::{Completion, Datagrams, EnterError, Group, Local, Part, Ring, Setup, SetupError, Token, Wait};
 
 /// One worker's engine: submissions, completions, and the buffers that receives take.
 pub(crate) trait Io: Sized {
@@ -48,6 +48,30 @@ pub(crate) trait Io: Sized {
         buffer: u16,
         start: u32,
         length: u32,
+        token: Token,
+    ) -> Result<(), EnterError>;
+
+    /// Receives datagrams, with who sent them, until cancelled, failed, or without a buffer of [`Group::Datagrams`]; an empty one
+    /// may end it too. See [`Io::datagrams`].
+    fn recv_datagrams(&mut self, socket: BorrowedFd<'_>, token: Token) -> Result<(), EnterError>;
+
+    /// The same on a connected socket that receives no trains: buffers hold the payload alone.
+    fn recv_connected(&mut self, socket: BorrowedFd<'_>, token: Token) -> Result<(), EnterError>;
+
+    /// What a completion of [`Io::recv_datagrams`] left in a held buffer.
+    fn datagrams(&self, buffer: u16, result: i32) -> Option<Datagrams>;
+
+    /// The bytes of a held buffer.
+    fn bytes(&self, buffer: u16, start: u32, length: u32) -> &[u8];
+
+    /// Sends the parts as one datagram, or as a train of datagrams of `segment` bytes each (0: one), at once or not at all
+    /// (`EAGAIN`), to and from these addresses.
+    fn send_datagrams(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        route: (Option<&SocketAddr>, Option<Local>),
+        parts: &[Part],
+        segment: u32,
         token: Token,
     ) -> Result<(), EnterError>;
 
@@ -126,6 +150,33 @@ impl Io for Ring {
         token: Token,
     ) -> Result<(), EnterError> {
         self.send(socket, buffer, start, length, token)
+    }
+
+    fn recv_datagrams(&mut self, socket: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.recv_datagrams(socket, token)
+    }
+
+    fn recv_connected(&mut self, socket: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.recv_connected(socket, token)
+    }
+
+    fn datagrams(&self, buffer: u16, result: i32) -> Option<Datagrams> {
+        self.datagrams(buffer, result)
+    }
+
+    fn bytes(&self, buffer: u16, start: u32, length: u32) -> &[u8] {
+        self.pool().bytes(buffer, start, length)
+    }
+
+    fn send_datagrams(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        route: (Option<&SocketAddr>, Option<Local>),
+        parts: &[Part],
+        segment: u32,
+        token: Token,
+    ) -> Result<(), EnterError> {
+        self.send_datagrams(socket, route, parts, segment, token)
     }
 
     fn poll_readable(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {

@@ -43,6 +43,7 @@ mod worker;
 
 pub use access::{AccessLogConfig, AccessLogFormat, AccessLogTo};
 pub use config::{Config, Connecting, Limits, ListenerConfig, ListenerLimits, Target, Timeouts};
+pub use config::{Protocol, ServerIdForm, UdpConfig};
 pub use engine::{Engine, ProbeError};
 pub use run::{Bound, Dataplane, StartError, WorkerFailed, bind};
 pub use share::{PoolKnobs, PoolShare, QueueKnobs};

@@ -2,11 +2,11 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
-
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use socket2::{Domain, Socket};
+use rustix::net::sockopt;
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::tcp::{ListenError, ListenerTcp, listening_socket};
 
@@ -32,6 +32,52 @@ pub(crate) fn listen(
         sockets.push(open(address, true)?.into());
     }
     Ok((address, sockets))
+}
+
+/// Opens `workers` sockets for datagrams on one address; see [`listen`]. `trains`: they receive trains where the kernel has them.
+pub(crate) fn listen_udp(
+    bind: SocketAddr,
+    workers: usize,
+    trains: bool,
+) -> io::Result<(SocketAddr, Vec<OwnedFd>)> {
+    let shared = workers > 1;
+    if shared && bind.port() != 0 {
+        // Sockets that share a port share it with anybody of the same user who asks for that: look whether it is free first.
+        open_udp(bind, trains, false)?;
+    }
+    let first = open_udp(bind, trains, shared)?;
+    let address = first.local_addr()?.as_socket().unwrap_or(bind);
+    let mut sockets = vec![OwnedFd::from(first)];
+    for _ in 1..workers {
+        sockets.push(open_udp(address, trains, true)?.into());
+    }
+    Ok((address, sockets))
+}
+
+/// Bytes that wait in a listening socket while its worker is busy, or on their way out: it serves all flows. The kernel gives at
+/// most `net.core.rmem_max` and `wmem_max`, unless the process may administer the network.
+const DATAGRAM_BUFFER: usize = 4 << 20;
+
+fn open_udp(bind: SocketAddr, trains: bool, shared: bool) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(bind), Type::DGRAM, Some(Protocol::UDP))?;
+    socket.set_reuse_port(shared)?;
+    if bind.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    if bind.ip().is_unspecified() {
+        uring::receive_destination(socket.as_fd(), bind.is_ipv6())?;
+    }
+    if trains {
+        // Where the kernel has none, datagrams come one by one.
+        let _ = uring::receive_trains(socket.as_fd());
+    }
+    // Smaller buffers lose datagrams earlier; that is all.
+    let _ = sockopt::set_socket_recv_buffer_size_force(&socket, DATAGRAM_BUFFER)
+        .or_else(|_| sockopt::set_socket_recv_buffer_size(&socket, DATAGRAM_BUFFER));
+    let _ = sockopt::set_socket_send_buffer_size_force(&socket, DATAGRAM_BUFFER)
+        .or_else(|_| sockopt::set_socket_send_buffer_size(&socket, DATAGRAM_BUFFER));
+    socket.bind(&bind.into())?;
+    Ok(socket)
 }
 
 /// Starts accepting. Bound sockets refuse connections until then.

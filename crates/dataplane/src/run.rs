@@ -20,7 +20,7 @@ use uring::{Ring, SetupError};
 
 use crate::access::{self, AccessLog, AccessLogTo};
 use crate::clock::Clock;
-use crate::config::{Config, Limits, Target};
+use crate::config::{Config, Limits, Protocol, Target};
 use crate::engine::{Engine, Epoll, ProbeError, TokioUring, choose, next_best};
 use crate::io::Io;
 use crate::listen;
@@ -29,7 +29,8 @@ use crate::stats::{Stats, WorkerStats};
 use crate::tcp::{ListenError, Refused};
 use crate::towards::Towards;
 use crate::worker::admit::Gate;
-use crate::worker::{ListenerSetup, TargetSetup, Worker, WorkerSetup};
+use crate::worker::udp::UdpShared;
+use crate::worker::{self, ListenerSetup, TargetSetup, Worker, WorkerSetup};
 
 /// Descriptors kept back from flows for rings, listeners, control, files; and for each worker's pipes.
 const DESCRIPTORS_RESERVED: u64 = 128;
@@ -41,15 +42,20 @@ const DESCRIPTORS_PER_WORKER: u64 = 2 * PIPES_MAX as u64 + 8;
 pub enum StartError {
     /// Somebody listens there already.
     #[error(
-        "cannot listen on tcp://{address}: the port is in use; stop what listens there (`ss -ltnp`) or choose another"
+        "cannot listen on {protocol}://{address}: the port is in use; stop what listens there (`ss -ltunp`) or choose \
+         another"
     )]
     AddressInUse {
+        /// `tcp` or `udp`.
+        protocol: &'static str,
         /// Where.
         address: SocketAddr,
     },
     /// The address is not one of this host's, or the port needs a privilege.
-    #[error("cannot listen on tcp://{address}: {source}")]
+    #[error("cannot listen on {protocol}://{address}: {source}")]
     Bind {
+        /// `tcp` or `udp`.
+        protocol: &'static str,
         /// Where.
         address: SocketAddr,
         /// The kernel's answer.
@@ -204,12 +210,19 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
     let mut addresses = Vec::new();
     let mut sockets = Vec::new();
     for listener in &config.listeners {
-        match listen::listen(listener.bind, workers, &listener.tcp, config.timeouts.keepalive) {
+        let bound = match &listener.protocol {
+            Protocol::Tcp => listen::listen(listener.bind, workers, &listener.tcp, config.timeouts.keepalive),
+            // Where each flow takes so many datagrams, trains of them would have to be cut.
+            Protocol::Udp(udp) => {
+                listen::listen_udp(listener.bind, workers, udp.requests == 0).map_err(ListenError::Io)
+            }
+        };
+        match bound {
             Ok((address, bound)) => {
                 addresses.push(address);
                 sockets.push(bound);
             }
-            Err(error) => errors.push(listen_error(listener.bind, error)),
+            Err(error) => errors.push(listen_error(listener.protocol.name(), listener.bind, error)),
         }
     }
     let towards = towards(&config);
@@ -220,7 +233,12 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
     }
     let Some(engine) = engine.filter(|_| errors.is_empty()) else { return Err(errors) };
     let stats = Stats {
-        listeners: addresses.iter().copied().zip(config.listeners.iter().map(|l| l.pool().clone())).collect(),
+        listeners: config
+            .listeners
+            .iter()
+            .zip(&addresses)
+            .map(|(listener, address)| (listener.protocol.name(), *address, listener.pool().clone()))
+            .collect(),
         workers: (0..workers)
             .map(|_| Arc::new(WorkerStats::new(config.listeners.len(), config.decision_sample)))
             .collect(),
@@ -305,8 +323,11 @@ impl Bound {
 
         self.tell_of_tables(&shared);
         let (clock, engine) = (self.clock, self.stats.chosen().engine);
+        let cids_max = flows_max(&self.config.limits, self.workers) as usize;
+        let datagrams: Vec<_> =
+            self.addresses.iter().map(|_| Arc::new(UdpShared::new(worker::seed(0), cids_max))).collect();
         for worker in 0..self.workers {
-            let setup = self.worker_setup(worker, clock, &shared, logs.pop());
+            let setup = self.worker_setup(worker, clock, &shared, logs.pop(), &datagrams);
             let ready = ready.clone();
             let shared = Arc::clone(&shared);
             let thread =
@@ -338,7 +359,7 @@ impl Bound {
         let Some(config) = &self.config.access_log else { return Ok((Vec::new(), None)) };
         let names = self.addresses.iter().zip(&self.config.listeners).map(|(address, listener)| {
             let pools = listener.targets.iter().map(|target| target.pool.to_string());
-            (format!("tcp://{address}"), pools.collect())
+            (format!("{}://{address}", listener.protocol.name()), pools.collect())
         });
         access::start(config, names.collect(), self.workers, self.clock, &self.stats.access_log)
             .map(|(logs, running)| (logs, Some(running)))
@@ -365,6 +386,7 @@ impl Bound {
         clock: Clock,
         shared: &Arc<Shared>,
         access_log: Option<AccessLog>,
+        datagrams: &[Arc<UdpShared>],
     ) -> WorkerSetup {
         let limits = self.config.limits;
         let flows_max = flows_max(&limits, self.workers);
@@ -386,11 +408,18 @@ impl Bound {
             stats: Arc::clone(&self.stats.workers[worker]),
             buffer_bytes: Arc::clone(&self.stats),
             listeners: listeners
-                .map(|((sockets, listener), gate)| ListenerSetup {
+                .enumerate()
+                .map(|(index, ((sockets, listener), gate))| ListenerSetup {
                     socket: sockets.remove(0),
                     backlog: listener.tcp.backlog,
                     targets: listener.targets.iter().filter_map(target_setup).collect(),
                     gate: gate.clone(),
+                    udp: match &listener.protocol {
+                        Protocol::Tcp => None,
+                        Protocol::Udp(udp) => {
+                            Some((udp.clone(), self.addresses[index], Arc::clone(&datagrams[index])))
+                        }
+                    },
                 })
                 .collect(),
             access_log,
@@ -510,13 +539,13 @@ fn seed() -> u64 {
     std::hash::RandomState::new().build_hasher().finish()
 }
 
-fn listen_error(address: SocketAddr, error: ListenError) -> StartError {
+fn listen_error(protocol: &'static str, address: SocketAddr, error: ListenError) -> StartError {
     match error {
         ListenError::Refused(refused) => StartError::Listener { address, refused },
         ListenError::Io(source) if source.kind() == io::ErrorKind::AddrInUse => {
-            StartError::AddressInUse { address }
+            StartError::AddressInUse { protocol, address }
         }
-        ListenError::Io(source) => StartError::Bind { address, source },
+        ListenError::Io(source) => StartError::Bind { protocol, address, source },
     }
 }
 

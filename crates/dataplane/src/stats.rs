@@ -87,12 +87,47 @@ impl Shed {
     }
 }
 
+/// Why a datagram was not delivered. A closed set: each is a metric label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Dropped {
+    /// The socket's send buffer is full: its receiver's network is slower than its sender.
+    SendBuffer,
+    /// It is longer than can be sent.
+    TooLarge,
+    /// The kernel cannot send it there.
+    Unreachable,
+    /// Its backend refused it, and no other took it.
+    Refused,
+    /// It was cut off, or has no sender to answer to.
+    Malformed,
+    /// It would begin a flow, and the balancer is leaving.
+    Draining,
+}
+
+impl Dropped {
+    const ALL: [Self; 6] =
+        [Self::SendBuffer, Self::TooLarge, Self::Unreachable, Self::Refused, Self::Malformed, Self::Draining];
+
+    const fn label(self) -> &'static str {
+        match self {
+            Self::SendBuffer => "send_buffer",
+            Self::TooLarge => "too_large",
+            Self::Unreachable => "unreachable",
+            Self::Refused => "refused",
+            Self::Malformed => "malformed",
+            Self::Draining => "draining",
+        }
+    }
+}
+
 /// One worker's counts of one listener. The worker writes, anyone reads.
 #[derive(Debug)]
 pub(crate) struct ListenerStats {
     pub(crate) opened: Counter,
     pub(crate) bytes_to_backend: Counter,
     pub(crate) bytes_to_client: Counter,
+    pub(crate) datagrams_to_backend: Counter,
+    pub(crate) datagrams_to_client: Counter,
     pub(crate) connect_retries: Counter,
     closed: [Counter; CloseReason::ALL.len()],
     sheds: [Counter; Shed::ALL.len()],
@@ -101,6 +136,7 @@ pub(crate) struct ListenerStats {
     /// Flows that waited for room, and those that do now.
     pub(crate) queued: Counter,
     pub(crate) waiting: Counter,
+    dropped: [Counter; Dropped::ALL.len()],
     pub(crate) connect_seconds: Histogram,
     pub(crate) flow_seconds: Histogram,
 }
@@ -111,12 +147,15 @@ impl ListenerStats {
             opened: Counter::default(),
             bytes_to_backend: Counter::default(),
             bytes_to_client: Counter::default(),
+            datagrams_to_backend: Counter::default(),
+            datagrams_to_client: Counter::default(),
             connect_retries: Counter::default(),
             closed: Default::default(),
             sheds: Default::default(),
             kept: Default::default(),
             queued: Counter::default(),
             waiting: Counter::default(),
+            dropped: Default::default(),
             connect_seconds: Histogram::new(&CONNECT_SECONDS),
             flow_seconds: Histogram::new(&FLOW_SECONDS),
         }
@@ -132,6 +171,10 @@ impl ListenerStats {
 
     pub(crate) fn kept(&self, kept: Kept) {
         self.kept[kept as usize].add(1);
+    }
+
+    pub(crate) fn dropped(&self, why: Dropped, datagrams: u32) {
+        self.dropped[why as usize].add(u64::from(datagrams));
     }
 
     fn open(&self) -> u64 {
@@ -175,7 +218,8 @@ impl WorkerStats {
 /// All workers' counts, for control.
 #[derive(Debug)]
 pub(crate) struct Stats {
-    pub(crate) listeners: Vec<(SocketAddr, PoolName)>,
+    /// Protocol, address, pool.
+    pub(crate) listeners: Vec<(&'static str, SocketAddr, PoolName)>,
     pub(crate) workers: Vec<Arc<WorkerStats>>,
     /// It changes only while workers are being started.
     pub(crate) engine: Mutex<Chosen>,
@@ -199,41 +243,51 @@ impl Stats {
 
 impl DataplaneView for Stats {
     fn listeners(&self) -> Vec<ListenerSnapshot> {
-        let snapshot = |(index, (address, pool)): (usize, &(SocketAddr, PoolName))| {
-            let mut all = ListenerSnapshot {
-                name: format!("tcp://{address}"),
-                protocol: "tcp",
-                pool: pool.to_string(),
-                flows_opened: 0,
-                flows_open: 0,
-                bytes_to_backend: 0,
-                bytes_to_client: 0,
-                connect_retries: 0,
-                flows_closed: CloseReason::ALL.map(|reason| (reason.label(), 0)).to_vec(),
-                sheds: Shed::ALL.map(|reason| (reason.label(), 0)).to_vec(),
-                affinity: Kept::ALL.map(|kept| (kept.label(), 0)).to_vec(),
-                flows_queued: 0,
-                flows_waiting: 0,
-                connect_seconds: Histogram::new(&CONNECT_SECONDS).snapshot(),
-                flow_seconds: Histogram::new(&FLOW_SECONDS).snapshot(),
+        let snapshot =
+            |(index, (protocol, address, pool)): (usize, &(&'static str, SocketAddr, PoolName))| {
+                let mut all = ListenerSnapshot {
+                    name: format!("{protocol}://{address}"),
+                    protocol,
+                    pool: pool.to_string(),
+                    flows_opened: 0,
+                    flows_open: 0,
+                    bytes_to_backend: 0,
+                    bytes_to_client: 0,
+                    datagrams_to_backend: 0,
+                    datagrams_to_client: 0,
+                    datagrams_dropped: Dropped::ALL.map(|reason| (reason.label(), 0)).to_vec(),
+                    connect_retries: 0,
+                    flows_closed: CloseReason::ALL.map(|reason| (reason.label(), 0)).to_vec(),
+                    sheds: Shed::ALL.map(|reason| (reason.label(), 0)).to_vec(),
+                    affinity: Kept::ALL.map(|kept| (kept.label(), 0)).to_vec(),
+                    flows_queued: 0,
+                    flows_waiting: 0,
+                    connect_seconds: Histogram::new(&CONNECT_SECONDS).snapshot(),
+                    flow_seconds: Histogram::new(&FLOW_SECONDS).snapshot(),
+                };
+                for stats in self.workers.iter().map(|worker| &worker.listeners[index]) {
+                    // Open before opened: a flow that comes in between is then counted as opened, never as open alone.
+                    all.flows_open += stats.open();
+                    all.flows_opened += stats.opened.read();
+                    all.bytes_to_backend += stats.bytes_to_backend.read();
+                    all.bytes_to_client += stats.bytes_to_client.read();
+                    all.datagrams_to_backend += stats.datagrams_to_backend.read();
+                    all.datagrams_to_client += stats.datagrams_to_client.read();
+                    all.datagrams_dropped
+                        .iter_mut()
+                        .zip(&stats.dropped)
+                        .for_each(|(sum, n)| sum.1 += n.read());
+                    all.connect_retries += stats.connect_retries.read();
+                    all.flows_closed.iter_mut().zip(&stats.closed).for_each(|(sum, n)| sum.1 += n.read());
+                    all.sheds.iter_mut().zip(&stats.sheds).for_each(|(sum, n)| sum.1 += n.read());
+                    all.affinity.iter_mut().zip(&stats.kept).for_each(|(sum, n)| sum.1 += n.read());
+                    all.flows_queued += stats.queued.read();
+                    all.flows_waiting += stats.waiting.read();
+                    all.connect_seconds.merge(&stats.connect_seconds.snapshot());
+                    all.flow_seconds.merge(&stats.flow_seconds.snapshot());
+                }
+                all
             };
-            for stats in self.workers.iter().map(|worker| &worker.listeners[index]) {
-                // Open before opened: a flow that comes in between is then counted as opened, never as open alone.
-                all.flows_open += stats.open();
-                all.flows_opened += stats.opened.read();
-                all.bytes_to_backend += stats.bytes_to_backend.read();
-                all.bytes_to_client += stats.bytes_to_client.read();
-                all.connect_retries += stats.connect_retries.read();
-                all.flows_closed.iter_mut().zip(&stats.closed).for_each(|(sum, n)| sum.1 += n.read());
-                all.sheds.iter_mut().zip(&stats.sheds).for_each(|(sum, n)| sum.1 += n.read());
-                all.affinity.iter_mut().zip(&stats.kept).for_each(|(sum, n)| sum.1 += n.read());
-                all.flows_queued += stats.queued.read();
-                all.flows_waiting += stats.waiting.read();
-                all.connect_seconds.merge(&stats.connect_seconds.snapshot());
-                all.flow_seconds.merge(&stats.flow_seconds.snapshot());
-            }
-            all
-        };
         self.listeners.iter().enumerate().map(snapshot).collect()
     }
 

@@ -1,4 +1,5 @@
-//! The pure TCP flow: what to receive, send, shut and close, and when. It moves no byte, opens no socket, reads no clock.
+//! The pure flows: TCP's (what to receive, send, shut and close, and when) and UDP's (module [`udp`]). Moves no byte, opens
+//! no socket, reads no clock.
 //!
 //! ```text
 //! completion -> Input -> Flow::handle(now) -> Outputs -> submissions
@@ -15,6 +16,7 @@
 mod chunk;
 pub mod limits;
 mod tcp;
+pub mod udp;
 mod wheel;
 
 pub use chunk::{BufferId, Chunk, Chunks};

@@ -110,7 +110,7 @@ pub enum Command {
 /// `proxy`.
 #[derive(Debug, Args)]
 pub struct ProxyArgs {
-    /// Where to accept: tcp://IP:PORT. Repeat it for more.
+    /// Where to accept: tcp://IP:PORT or udp://IP:PORT. Repeat it for more.
     #[arg(long, required = true, value_name = "tcp://IP:PORT")]
     pub listen: Vec<ListenAddress>,
     /// Where to connect: IP:PORT. Repeat it for more.
@@ -135,6 +135,12 @@ pub struct ProxyArgs {
     /// End a connection after so much silence; 0s: never.
     #[arg(long, default_value = "1h", value_name = "TIME", value_parser = parse_zero_disables)]
     pub idle_timeout: ZeroDisables,
+    /// End a flow of datagrams after so much silence.
+    #[arg(long, default_value = "60s", value_name = "TIME", value_parser = above_zero)]
+    pub udp_idle_timeout: Duration,
+    /// Answers to one datagram, after which a flow of datagrams is over (DNS: 1); 0: nobody knows.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub udp_responses: u32,
     /// How long open connections may go on after SIGTERM.
     #[arg(long, default_value = "30s", value_name = "TIME", value_parser = parse_duration)]
     pub drain_timeout: Duration,

@@ -19,7 +19,7 @@ use toml::Spanned;
 use toml::de::DeTable;
 
 use crate::problem::{Problem, nearest};
-use crate::units::{ListenAddress, parse_address, parse_duration};
+use crate::units::{ListenAddress, Transport, parse_address, parse_duration};
 use reader::{Reader, Section, boolean, decimal, integer, text};
 
 mod check;
@@ -32,6 +32,7 @@ mod pull;
 mod reader;
 mod security;
 mod tcp;
+mod udp;
 mod upstream;
 
 pub use notices::NoticesConfig;
@@ -200,6 +201,8 @@ pub struct ListenerConfig {
     pub tcp: dataplane::ListenerTcp,
     /// How many flows it takes, and how fast.
     pub limits: dataplane::ListenerLimits,
+    /// How flows are kept; of listeners of datagrams.
+    pub udp: dataplane::UdpConfig,
 }
 
 /// One problem of a configuration file, with its place.
@@ -327,22 +330,23 @@ impl Config {
 
 /// Addresses that the file gave to something, and where.
 #[derive(Default)]
-struct Bound(HashMap<SocketAddr, (String, usize)>);
+struct Bound(HashMap<(Transport, SocketAddr), (String, usize)>);
 
 impl Bound {
     /// Gives the address to `owner`, or reports who has it. Port 0 is a free port each time.
-    fn claim(&mut self, reader: &mut Reader<'_>, owner: &str, address: SocketAddr, at: usize) {
+    fn claim(&mut self, reader: &mut Reader<'_>, owner: &str, claimed: ListenAddress, at: usize) {
+        let ListenAddress { transport, address } = claimed;
         if address.port() == 0 {
             return;
         }
-        match self.0.get(&address) {
+        match self.0.get(&(transport, address)) {
             Some((other, line)) => {
                 let hint = format!("`{other}` has it (line {line}); give one of them another port");
                 reader.report(at, Problem::new(format!("`{owner}`: {address} is taken already"), hint));
             }
             None => {
                 let line = reader.line(at);
-                self.0.insert(address, (owner.to_owned(), line));
+                self.0.insert((transport, address), (owner.to_owned(), line));
             }
         }
     }
@@ -386,7 +390,7 @@ fn read_endpoint(
             );
             section.reader().report(at, problem);
         }
-        bound.claim(section.reader(), &owner, address, at);
+        bound.claim(section.reader(), &owner, ListenAddress { transport: Transport::Tcp, address }, at);
     }
     section.finish(later);
     EndpointConfig { listen: address, insecure }
@@ -472,8 +476,10 @@ fn read_listeners(
         let requires = pool::requirements(&mut section);
         let tcp = tcp::read_listener(section.section("tcp"));
         let limits = limits::of_listener(section.section("limits"));
+        let is_udp = bind.as_ref().map(|bind| bind.get_ref().transport == Transport::Udp);
+        let udp = udp::read(section.section("udp"), is_udp);
         if let Some(bind) = &bind {
-            bound.claim(section.reader(), "listener.bind", bind.get_ref().0, bind.span().start);
+            bound.claim(section.reader(), "listener.bind", *bind.get_ref(), bind.span().start);
         }
         if let (Some(pool), Some(pools)) = (&pool, pools)
             && let Some(problem) = unknown_pool("listener.pool", pool.get_ref(), pools)
@@ -483,7 +489,7 @@ fn read_listeners(
         match (bind, pool, &mut listeners) {
             (Some(bind), Some(pool), Some(listeners)) => {
                 let (bind, pool) = (bind.into_inner(), pool.into_inner());
-                listeners.push(ListenerConfig { bind, pool, requires, tcp, limits });
+                listeners.push(ListenerConfig { bind, pool, requires, tcp, limits, udp });
             }
             _ => listeners = None,
         }

@@ -12,7 +12,7 @@ use crate::cli::ProxyArgs;
 use crate::failure::Failure;
 use crate::life;
 use crate::problem::Problem;
-use crate::units::ListenAddress;
+use crate::units::Transport;
 
 const POOL: &str = "proxy";
 
@@ -29,22 +29,19 @@ pub fn run(args: &ProxyArgs) -> Result<(), Failure> {
     let dataplane = bound.start().map_err(Failure::start)?;
     let lines: String = addresses
         .into_iter()
-        .map(|address| format!("listening {} pool={POOL}\n", ListenAddress(address)))
+        .zip(&args.listen)
+        .map(|(address, listen)| format!("listening {} pool={POOL}\n", listen.at(address)))
         .collect();
     life::announce(&(lines + "ready\n"));
     life::run(dataplane, &mut signals, args.drain_timeout, || Ok(()), || ())
 }
 
 fn configuration(args: &ProxyArgs) -> Result<dataplane::Config, Failure> {
-    let listen: Vec<SocketAddr> = args.listen.iter().map(|listen| listen.0).collect();
     // Port 0 is another port each time.
-    let fixed: Vec<_> = listen.iter().copied().filter(|address| address.port() != 0).collect();
-    for (flag, addresses) in [("--listen", &fixed), ("--to", &args.to)] {
-        let mut seen = HashSet::new();
-        if let Some(twice) = addresses.iter().find(|address| !seen.insert(**address)) {
-            let message = format!("{flag} has {twice} twice");
-            return Err(Failure::Usage(Problem::new(message, "remove one of the two")));
-        }
+    let fixed = args.listen.iter().filter(|listen| listen.address.port() != 0);
+    let twice = twice(fixed).map(|twice| format!("--listen has {twice} twice"));
+    if let Some(message) = twice.or_else(|| Some(format!("--to has {} twice", self::twice(&args.to)?))) {
+        return Err(Failure::Usage(Problem::new(message, "remove one of the two")));
     }
     if let Policy::Criteria | Policy::Prequal = args.policy {
         let message = format!("--policy {} needs resources that report or answer probes", args.policy);
@@ -52,8 +49,17 @@ fn configuration(args: &ProxyArgs) -> Result<dataplane::Config, Failure> {
     }
     let pool: PoolName = POOL.parse().map_err(|error: allocation::IdError| Failure::Fault(error.into()))?;
     let table = Publisher::new(table(args)?);
-    let listeners =
-        listen.into_iter().map(|bind| dataplane::ListenerConfig::new(bind, pool.clone(), table.clone()));
+    let udp = dataplane::UdpConfig {
+        idle_timeout: args.udp_idle_timeout,
+        responses: args.udp_responses,
+        ..dataplane::UdpConfig::default()
+    };
+    let listeners = args.listen.iter().map(|listen| match listen.transport {
+        Transport::Tcp => dataplane::ListenerConfig::new(listen.address, pool.clone(), table.clone()),
+        Transport::Udp => {
+            dataplane::ListenerConfig::udp(listen.address, pool.clone(), table.clone(), udp.clone())
+        }
+    });
     let mut config = dataplane::Config::new(listeners.collect());
     config.workers = usize::from(args.workers);
     config.limits.flows_max = args.flows_max;
@@ -61,6 +67,12 @@ fn configuration(args: &ProxyArgs) -> Result<dataplane::Config, Failure> {
     config.timeouts.idle = args.idle_timeout.0;
     config.engine = args.engine.named();
     Ok(config)
+}
+
+/// The first that is there for the second time.
+fn twice<T: Eq + std::hash::Hash>(all: impl IntoIterator<Item = T>) -> Option<T> {
+    let mut seen = HashSet::new();
+    all.into_iter().find_map(|one| seen.replace(one))
 }
 
 /// All alike: a weight of 1 each.

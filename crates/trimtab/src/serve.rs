@@ -20,7 +20,7 @@ use store::Store;
 use crate::cli::ServeArgs;
 use crate::config::{Config, EndpointConfig, ListenerConfig};
 use crate::failure::Failure;
-use crate::units::ListenAddress;
+use crate::units::{ListenAddress, Transport};
 use crate::upstream::Upstreams;
 use crate::{check, host_name, life, publishing};
 
@@ -164,7 +164,12 @@ fn dataplane_config(config: &Config, pools: &Pools) -> dataplane::Config {
         let share = shares.get(place).cloned().flatten();
         let target = dataplane::Target { pool: listener.pool.clone(), table, connecting, share };
         let (tcp, limits) = (listener.tcp.clone(), listener.limits);
-        Some(dataplane::ListenerConfig { bind: listener.bind.0, targets: vec![target], tcp, limits })
+        let ListenAddress { transport, address: bind } = listener.bind;
+        let protocol = match transport {
+            Transport::Tcp => dataplane::Protocol::Tcp,
+            Transport::Udp => dataplane::Protocol::Udp(listener.udp.clone()),
+        };
+        Some(dataplane::ListenerConfig { bind, protocol, targets: vec![target], tcp, limits })
     });
     let mut made = dataplane::Config::new(listeners.collect());
     let told = &config.dataplane;
@@ -204,7 +209,7 @@ fn control_config(
         listeners: addresses
             .iter()
             .filter(|(listener, _)| listener.pool == pool.name)
-            .map(|(_, address)| ListenAddress(*address).to_string())
+            .map(|(listener, address)| listener.bind.at(*address).to_string())
             .collect(),
     });
     ControlConfig {
@@ -238,7 +243,7 @@ fn balancer_id() -> String {
 /// What scripts wait for: where everything listens, with the ports that were really bound.
 fn lines(config: &Config, bound: &Bound, control: &Control) -> String {
     let listening = |(listener, address): (&ListenerConfig, SocketAddr)| {
-        format!("listening {} pool={}\n", ListenAddress(address), listener.pool)
+        format!("listening {} pool={}\n", listener.bind.at(address), listener.pool)
     };
     let listeners: String = config.listeners.iter().zip(bound.addresses()).map(listening).collect();
     format!(

@@ -91,9 +91,39 @@ pub fn parse_address(text: &str) -> Result<SocketAddr, Problem> {
     })
 }
 
-/// Where flows are accepted: `tcp://ip:port`. Port 0 takes any free port.
+/// What a listener accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ListenAddress(pub SocketAddr);
+pub enum Transport {
+    /// Connections.
+    Tcp,
+    /// Datagrams.
+    Udp,
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
+/// Where flows are accepted: `tcp://ip:port` or `udp://ip:port`. Port 0 takes any free port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ListenAddress {
+    /// What is accepted there.
+    pub transport: Transport,
+    /// Where.
+    pub address: SocketAddr,
+}
+
+impl ListenAddress {
+    /// The same listener at the address that was really bound.
+    pub const fn at(self, address: SocketAddr) -> Self {
+        Self { transport: self.transport, address }
+    }
+}
 
 impl FromStr for ListenAddress {
     type Err = Problem;
@@ -102,26 +132,26 @@ impl FromStr for ListenAddress {
         let Some((scheme, address)) = text.split_once("://") else {
             return Err(Problem::new(
                 format!("{text:?} does not say its protocol"),
-                format!("write \"tcp://{text}\""),
+                format!("write \"tcp://{text}\" or \"udp://{text}\""),
             ));
         };
-        match scheme {
-            "tcp" => parse_address(address).map(Self),
-            "udp" => Err(Problem::new(
-                format!("{text:?}: UDP is not supported by this version"),
-                "write tcp://…; udp:// comes in a later release",
-            )),
-            _ => Err(Problem::new(
-                format!("{text:?}: there is no protocol {scheme:?}"),
-                format!("write \"tcp://{address}\""),
-            )),
-        }
+        let transport = match scheme {
+            "tcp" => Transport::Tcp,
+            "udp" => Transport::Udp,
+            _ => {
+                return Err(Problem::new(
+                    format!("{text:?}: there is no protocol {scheme:?}"),
+                    format!("write \"tcp://{address}\" or \"udp://{address}\""),
+                ));
+            }
+        };
+        Ok(Self { transport, address: parse_address(address)? })
     }
 }
 
 impl fmt::Display for ListenAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "tcp://{}", self.0)
+        write!(f, "{}://{}", self.transport, self.address)
     }
 }
 
@@ -177,14 +207,13 @@ mod tests {
 
     #[test]
     fn listen_addresses_say_what_to_write() {
-        assert_eq!(
-            "tcp://[::1]:5432".parse::<ListenAddress>().map(|a| a.to_string()),
-            Ok("tcp://[::1]:5432".into())
-        );
+        for text in ["tcp://[::1]:5432", "udp://127.0.0.1:53"] {
+            assert_eq!(text.parse::<ListenAddress>().map(|a| a.to_string()), Ok(text.into()));
+        }
         for (text, hint) in [
-            ("127.0.0.1:5432", "write \"tcp://127.0.0.1:5432\""),
-            ("udp://127.0.0.1:53", "write tcp://…; udp:// comes in a later release"),
-            ("http://127.0.0.1:80", "write \"tcp://127.0.0.1:80\""),
+            ("127.0.0.1:5432", "write \"tcp://127.0.0.1:5432\" or \"udp://127.0.0.1:5432\""),
+            ("udp://127.0.0.1", "the port is missing: write \"127.0.0.1:5432\" or \"[::1]:5432\""),
+            ("http://127.0.0.1:80", "write \"tcp://127.0.0.1:80\" or \"udp://127.0.0.1:80\""),
             (
                 "tcp://:5432",
                 "write \"0.0.0.0:5432\" for every IPv4 address or \"127.0.0.1:5432\" for this host alone",

@@ -10,6 +10,7 @@
 //! Owns: the agents, and what they are told. Does not own: what is offered (`registry`), and that nothing goes round in a
 //! circle (`control::beneath`).
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -106,8 +107,13 @@ fn links(config: &Config, upstream: &UpstreamConfig, bound: &[SocketAddr]) -> Re
     let meant =
         listeners.filter(|(listener, _)| upstream.listener.is_none_or(|wanted| wanted == listener.bind));
     let mut links = Vec::new();
+    let mut known = HashSet::new();
     for (listener, bound) in meant {
         let address = upstream.address.unwrap_or(*bound);
+        // Connections and datagrams at one address are one resource.
+        if !known.insert((address, &listener.pool)) {
+            continue;
+        }
         let id = upstream.id.as_ref().map_or_else(|| default_id(&host_name(), address), ToString::to_string);
         let resource = Resource {
             id,

@@ -6,9 +6,10 @@
 //! most there can ever be and used as far as buffers are really needed: groups start small and [`BufferPool::grow`] when
 //! receives find none.
 //!
-//! There are two groups. A multishot receive takes as many buffers as bytes have come, whatever the caller would like:
+//! There are three groups. A multishot receive takes as many buffers as bytes have come, whatever the caller would like:
 //! it draws from [`Group::Shared`], which is bounded as a whole. [`Group::First`] is for single receives, of which the caller
-//! lets each socket have one buffer at most: large enough, it always has one for everybody.
+//! lets each socket have one buffer at most: large enough, it always has one for everybody. [`Group::Datagrams`] is for UDP:
+//! its buffers are as large as a train of datagrams, and go out again in the turn after the one in which they came.
 
 use std::io;
 use std::ptr::NonNull;
@@ -25,10 +26,13 @@ pub enum Group {
     Shared = 0,
     /// Single receives for those that hold nothing.
     First = 1,
+    /// Receives of datagrams.
+    Datagrams = 2,
 }
 
 impl Group {
-    const ALL: [Self; 2] = [Self::Shared, Self::First];
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Shared, Self::First, Self::Datagrams];
 
     pub(crate) const fn id(self) -> u16 {
         self as u16
@@ -37,17 +41,18 @@ impl Group {
 
 /// Most buffers of a group: the kernel's bound on a buffer ring.
 const BUFFERS_MAX: u32 = 1 << 15;
+/// Most buffers for datagrams.
+const DATAGRAMS_MAX: u32 = 1 << 13;
 
 /// Added to the distance between two buffers. Without it all buffers start at the same set of the core's caches, and
 /// small messages, which use the first line of each, evict each other.
 const STAGGER: usize = 64;
 
-/// The buffers of one ring, of both groups. Numbers are of the whole pool: those of [`Group::Shared`] come first.
+/// The buffers of one ring, of all groups. Numbers are of the whole pool: those of [`Group::Shared`] come first.
 #[derive(Debug)]
 pub struct BufferPool {
     memory: Memory,
-    buffer_bytes: u32,
-    groups: [Offers; 2],
+    groups: [Offers; 3],
 }
 
 /// The memory of a pool's buffers. Whoever has one keeps it mapped: an operation that is in flight does.
@@ -60,6 +65,10 @@ struct Offers {
     place: Place,
     /// The number of its first buffer.
     first: u16,
+    /// Where in the pool's memory that one is.
+    base: usize,
+    /// Bytes of one.
+    buffer_bytes: u32,
     /// Most buffers there can be.
     max: u32,
     /// For each buffer that exists: whether it waits for bytes. Then it is the kernel's, and nobody here may read it.
@@ -77,10 +86,10 @@ enum Place {
 }
 
 impl BufferPool {
-    /// Reserves up to `shared` and `first` buffers (rounded up to powers of two, at most 32,768 each, and together fewer
-    /// than 65,536) of `buffer_bytes` each. None exists yet.
-    pub(crate) fn new(shared: u32, first: u32, buffer_bytes: u32) -> io::Result<Self> {
-        Self::with(shared, first, buffer_bytes, Place::ring)
+    /// Reserves as many as [`crate::Setup`] says there can be at most (rounded up to powers of two: 16,384 shared ones, 32,768
+    /// first ones, 8,192 for datagrams). None exists yet.
+    pub(crate) fn new(setup: &crate::Setup) -> io::Result<Self> {
+        Self::with(setup, Place::ring)
     }
 
     /// As [`crate::Setup`] asks, with the shared ones that exist at the start, for engines that no kernel ring is shown to.
@@ -89,26 +98,30 @@ impl BufferPool {
     /// The kernel reserves no memory.
     pub fn listed(setup: &crate::Setup) -> io::Result<Self> {
         let place = |_| Ok(Place::List(Vec::new()));
-        let mut pool = Self::with(setup.shared_max, setup.first_max, setup.buffer_bytes, place)?;
+        let mut pool = Self::with(setup, place)?;
         pool.grow(Group::Shared, setup.shared);
         Ok(pool)
     }
 
-    fn with(
-        shared: u32,
-        first: u32,
-        buffer_bytes: u32,
-        place: impl Fn(u32) -> io::Result<Place>,
-    ) -> io::Result<Self> {
-        // Both at their most would need one number more than there are.
-        let shared = shared.clamp(8, BUFFERS_MAX / 2).next_power_of_two();
-        let first = first.clamp(8, BUFFERS_MAX).next_power_of_two();
-        let memory = Mapping::new((shared + first) as usize * stride(buffer_bytes))?;
-        let offers = |number, max| -> io::Result<Offers> {
-            Ok(Offers { place: place(max)?, first: number, max, offered: Vec::new(), free: 0 })
+    fn with(setup: &crate::Setup, place: impl Fn(u32) -> io::Result<Place>) -> io::Result<Self> {
+        // Two at their most would need more numbers than there are.
+        let shared = setup.shared_max.clamp(8, BUFFERS_MAX / 2).next_power_of_two();
+        let first = setup.first_max.clamp(8, BUFFERS_MAX).next_power_of_two();
+        let datagrams = setup.datagrams_max.clamp(8, DATAGRAMS_MAX).next_power_of_two();
+        let (mut number, mut bytes) = (0, 0);
+        let mut offers = |max: u32, buffer_bytes: u32| -> io::Result<Offers> {
+            let (first, base) = (number as u16, bytes);
+            number += max;
+            bytes += max as usize * stride(buffer_bytes);
+            let (offered, free) = (Vec::new(), 0);
+            Ok(Offers { place: place(max)?, first, base, buffer_bytes, max, offered, free })
         };
-        let groups = [offers(0, shared)?, offers(shared as u16, first)?];
-        Ok(Self { memory: Memory(Arc::new(memory)), buffer_bytes, groups })
+        let groups = [
+            offers(shared, setup.buffer_bytes)?,
+            offers(first, setup.buffer_bytes)?,
+            offers(datagrams, setup.datagram_bytes)?,
+        ];
+        Ok(Self { memory: Memory(Arc::new(Mapping::new(bytes)?)), groups })
     }
 
     /// How many buffers of the group there can be.
@@ -131,9 +144,9 @@ impl BufferPool {
         self.groups[group as usize].free
     }
 
-    /// Bytes of one buffer.
-    pub fn buffer_bytes(&self) -> u32 {
-        self.buffer_bytes
+    /// Bytes of one buffer of the group.
+    pub fn buffer_bytes(&self, group: Group) -> u32 {
+        self.groups[group as usize].buffer_bytes
     }
 
     /// Makes up to `more` further buffers and offers them to the kernel; returns how many.
@@ -175,6 +188,12 @@ impl BufferPool {
         unsafe { std::slice::from_raw_parts(address, length as usize) }
     }
 
+    /// What a receive of datagrams with this result left in a held buffer; see [`crate::Ring::recv_datagrams`]. `None`: the
+    /// datagram did not fit, or does not come from an internet address.
+    pub fn datagrams(&self, buffer: u16, result: i32) -> Option<crate::Datagrams> {
+        crate::datagrams::parse(self.bytes(buffer, 0, u32::try_from(result).ok()?))
+    }
+
     /// All of a held buffer, to receive into.
     ///
     /// # Panics
@@ -182,12 +201,13 @@ impl BufferPool {
     pub fn bytes_mut(&mut self, buffer: u16) -> &mut [u8] {
         let listed = matches!(self.groups[self.group_of(buffer) as usize].place, Place::List(_));
         assert!(listed, "buffer {buffer} is the kernel's to write");
-        let address = self.held_bytes(buffer, 0, self.buffer_bytes).cast_mut();
+        let size = self.buffer_bytes(self.group_of(buffer));
+        let address = self.held_bytes(buffer, 0, size).cast_mut();
         // SAFETY: the range is inside a held buffer's memory, which is mapped as long as the pool and initialized (see
         // `bytes`). It is borrowed once: from here through `&mut self`, and in no kernel's hands, for a buffer of a list is
         // the kernel's only when `next_provided` gave it away (then it is not held) or when `oneshot::send` was told of
         // it, whose caller keeps it held and does not receive into it until the completion.
-        unsafe { std::slice::from_raw_parts_mut(address, self.buffer_bytes as usize) }
+        unsafe { std::slice::from_raw_parts_mut(address, size as usize) }
     }
 
     /// Takes a free buffer of a list; it is held from then on.
@@ -216,7 +236,7 @@ impl BufferPool {
             first,
             count,
             address: self.address(first),
-            stride: stride(self.buffer_bytes) as i32,
+            stride: stride(self.buffer_bytes(group)) as i32,
         })
     }
 
@@ -238,7 +258,7 @@ impl BufferPool {
         let offers = &self.groups[self.group_of(buffer) as usize];
         assert!(!offers.offered[usize::from(buffer - offers.first)], "buffer {buffer} is not held");
         let end = start.checked_add(length).expect("a range of a buffer");
-        assert!(end <= self.buffer_bytes, "bytes {start}..{end} are not in a buffer");
+        assert!(end <= offers.buffer_bytes, "bytes {start}..{end} are not in a buffer");
         self.address(buffer).wrapping_add(start as usize)
     }
 
@@ -264,15 +284,23 @@ impl BufferPool {
     }
 
     fn group_of(&self, buffer: u16) -> Group {
-        if buffer < self.groups[Group::First as usize].first { Group::Shared } else { Group::First }
+        if buffer < self.groups[Group::First as usize].first {
+            Group::Shared
+        } else if buffer < self.groups[Group::Datagrams as usize].first {
+            Group::First
+        } else {
+            Group::Datagrams
+        }
     }
 
     fn address(&self, buffer: u16) -> *mut u8 {
-        self.memory.0.address.as_ptr().wrapping_add(usize::from(buffer) * stride(self.buffer_bytes))
+        let Offers { first, base, buffer_bytes, .. } = &self.groups[self.group_of(buffer) as usize];
+        let place = base + usize::from(buffer - first) * stride(*buffer_bytes);
+        self.memory.0.address.as_ptr().wrapping_add(place)
     }
 
     fn offer(&mut self, group: Group, buffer: u16) {
-        let (address, length) = (self.address(buffer) as u64, self.buffer_bytes);
+        let (address, length) = (self.address(buffer) as u64, self.buffer_bytes(group));
         self.groups[group as usize].offer(buffer, address, length);
     }
 }
@@ -382,9 +410,14 @@ impl Drop for Mapping {
 mod tests {
     use super::*;
 
+    fn setup(shared_max: u32, first_max: u32) -> crate::Setup {
+        let datagram_bytes = 70_000;
+        crate::Setup { shared_max, first_max, buffer_bytes: 4_096, datagram_bytes, ..crate::Setup::default() }
+    }
+
     #[test]
     fn a_pool_knows_who_has_a_buffer() {
-        let mut pool = BufferPool::new(100, 20, 4_096).unwrap();
+        let mut pool = BufferPool::new(&setup(100, 20)).unwrap();
         assert_eq!((pool.buffers_max(Group::Shared), pool.buffers_max(Group::First)), (128, 32));
         assert_eq!(pool.grow(Group::Shared, 100), 100);
         assert_eq!(pool.grow(Group::Shared, 100), 28, "the bound");
@@ -397,13 +430,14 @@ mod tests {
         pool.release(127);
         pool.release(128);
         assert_eq!((pool.held(Group::Shared), pool.held(Group::First)), (0, 0));
+        assert_eq!(pool.grow(Group::Datagrams, 9), 8);
+        assert!(pool.take(160) && !pool.take(168));
+        assert_eq!(pool.bytes(160, 69_999, 1), [0]);
     }
 
     #[test]
     fn a_listed_pool_gives_the_warmest_buffer_and_rows_of_neighbours() {
-        let setup =
-            crate::Setup { submissions: 8, shared: 8, shared_max: 8, first_max: 8, buffer_bytes: 4_096 };
-        let mut pool = BufferPool::listed(&setup).unwrap();
+        let mut pool = BufferPool::listed(&crate::Setup { shared: 8, ..setup(8, 8) }).unwrap();
         assert_eq!(pool.registrations().count(), 0);
         let buffer = pool.take_free(Group::Shared).unwrap();
         pool.bytes_mut(buffer)[..4].copy_from_slice(b"trim");
@@ -426,7 +460,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "is the kernel's to write")]
     fn a_ring_s_buffer_is_not_ours_to_write() {
-        let mut pool = BufferPool::new(8, 8, 4_096).unwrap();
+        let mut pool = BufferPool::new(&setup(8, 8)).unwrap();
         pool.grow(Group::Shared, 8);
         assert!(pool.take(0));
         pool.bytes_mut(0);
@@ -435,7 +469,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "buffer 3 is not held")]
     fn a_buffer_is_not_given_twice() {
-        let mut pool = BufferPool::new(8, 8, 4_096).unwrap();
+        let mut pool = BufferPool::new(&setup(8, 8)).unwrap();
         pool.grow(Group::Shared, 8);
         pool.release(3);
     }
@@ -443,7 +477,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "are not in a buffer")]
     fn bytes_are_inside_their_buffer() {
-        let mut pool = BufferPool::new(8, 8, 4_096).unwrap();
+        let mut pool = BufferPool::new(&setup(8, 8)).unwrap();
         pool.grow(Group::Shared, 8);
         assert!(pool.take(0));
         pool.bytes(0, 4_000, 97);

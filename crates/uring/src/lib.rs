@@ -10,7 +10,7 @@
 //!   after it, and not at all if operations were still in flight then ([`Ring`]'s `Drop` cancels and waits first).
 //! * *Nobody reads a buffer that the kernel may write.* The pool knows for each buffer whether the kernel has it; giving
 //!   back, sending or reading a buffer that one does not hold is refused.
-//! * *A socket address lives until the kernel has copied it*, which is when its submission is consumed: addresses live in
+//! * *A socket address or message lives until the kernel has copied it*, which is when its submission is consumed: they live in
 //!   the ring until the next enter.
 //! * *A descriptor is not closed under a queued submission*: closing goes through the same queue ([`Ring::close`]).
 //!
@@ -19,6 +19,7 @@
 #![allow(unsafe_code, reason = "this crate is where it lives; every block says why it is sound")]
 
 mod buffers;
+mod datagrams;
 mod lent;
 pub mod oneshot;
 mod ring;
@@ -26,7 +27,10 @@ mod socket;
 mod token;
 
 pub use buffers::{BufferPool, Group, Memory};
+pub use datagrams::{DATAGRAM_OVERHEAD, Datagrams, Local, Part, receive_message, send_message};
 pub use lent::Lent;
 pub use ring::{Completion, EnterError, Ring, Setup, SetupError, Wait};
-pub use socket::{bind_address_no_port, defer_accept, fast_open, fast_open_connect};
+pub use socket::{
+    bind_address_no_port, defer_accept, fast_open, fast_open_connect, receive_destination, receive_trains,
+};
 pub use token::{Op, Token};

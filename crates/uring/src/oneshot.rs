@@ -31,7 +31,7 @@ pub struct Oneshot {
 
 /// Receives once, into a provided buffer of the group; without one, `ENOBUFS`.
 pub fn recv(pool: &BufferPool, socket: BorrowedFd<'_>, group: Group) -> Oneshot {
-    let recv = opcode::Recv::new(fd(socket), std::ptr::null_mut(), pool.buffer_bytes());
+    let recv = opcode::Recv::new(fd(socket), std::ptr::null_mut(), pool.buffer_bytes(group));
     let entry = recv.buf_group(group.id()).build().flags(Flags::BUFFER_SELECT);
     Oneshot { entry, memory: Some(pool.memory()) }
 }

@@ -10,6 +10,7 @@ use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 
 use crate::buffers::{BufferPool, Group};
+use crate::datagrams::{CONTROL_BYTES, Control, Datagrams, Local, Messages, NAME_BYTES, Part};
 use crate::token::{Op, Token};
 
 /// How large a ring is.
@@ -23,8 +24,12 @@ pub struct Setup {
     pub shared_max: u32,
     /// Most first buffers; rounded up to a power of two, at most 32,768. None exists at the start.
     pub first_max: u32,
-    /// Bytes of one buffer.
+    /// Bytes of one buffer of these two.
     pub buffer_bytes: u32,
+    /// Most buffers for datagrams; rounded up to a power of two, at most 8,192. None exists at the start.
+    pub datagrams_max: u32,
+    /// Bytes of one of those; see [`crate::DATAGRAM_OVERHEAD`].
+    pub datagram_bytes: u32,
 }
 
 impl Default for Setup {
@@ -35,6 +40,8 @@ impl Default for Setup {
             shared_max: 1_024,
             first_max: 8_192,
             buffer_bytes: 16 * 1_024,
+            datagrams_max: 8,
+            datagram_bytes: 64 * 1_024,
         }
     }
 }
@@ -134,6 +141,10 @@ pub struct Ring {
     /// Addresses of queued connects. The kernel copies them when it consumes the submission.
     addresses: Box<[libc::sockaddr_storage]>,
     addresses_used: usize,
+    /// What queued sends of datagrams point to.
+    messages: Messages,
+    /// What receives of datagrams ask for: room for an address and control messages. The kernel copies it with each.
+    receive_form: Box<libc::msghdr>,
     /// Submissions whose last completion has not come (those that complete silently are not counted).
     in_flight: usize,
     enters: u64,
@@ -150,8 +161,7 @@ impl Ring {
             .setup_clamp()
             .setup_cqsize(setup.submissions * 4);
         let ring = builder.build(setup.submissions).map_err(SetupError::at("io_uring_setup"))?;
-        let mut pool = BufferPool::new(setup.shared_max, setup.first_max, setup.buffer_bytes)
-            .map_err(SetupError::at("reserving memory for buffers"))?;
+        let mut pool = BufferPool::new(&setup).map_err(SetupError::at("reserving memory for buffers"))?;
         for (address, entries, group) in pool.registrations() {
             // SAFETY: the address is that of a mapping of `entries` buffer ring entries, page-aligned, which this struct
             // keeps until after the ring is gone (see `Drop`).
@@ -161,11 +171,17 @@ impl Ring {
         pool.grow(Group::Shared, setup.shared);
         // SAFETY: sockaddr_storage is a C struct of integers, for which all zeroes is a value (AF_UNSPEC).
         let zeroed: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+        // SAFETY: msghdr is a C struct of integers and pointers, for which all zeroes is a value.
+        let mut receive_form: Box<libc::msghdr> = Box::new(unsafe { std::mem::zeroed() });
+        receive_form.msg_namelen = NAME_BYTES as libc::socklen_t;
+        receive_form.msg_controllen = CONTROL_BYTES as _;
         Ok(Self {
             ring: ManuallyDrop::new(ring),
             pool: ManuallyDrop::new(pool),
             addresses: vec![zeroed; setup.submissions as usize].into(),
             addresses_used: 0,
+            messages: Messages::new(),
+            receive_form,
             in_flight: 0,
             enters: 0,
         })
@@ -210,6 +226,7 @@ impl Ring {
         address: &SocketAddr,
         token: Token,
     ) -> Result<(), EnterError> {
+        self.make_room()?;
         if self.addresses_used == self.addresses.len() {
             self.submit()?;
         }
@@ -233,7 +250,7 @@ impl Ring {
         group: Group,
         token: Token,
     ) -> Result<(), EnterError> {
-        let recv = opcode::Recv::new(fd(socket), std::ptr::null_mut(), self.pool.buffer_bytes());
+        let recv = opcode::Recv::new(fd(socket), std::ptr::null_mut(), self.pool.buffer_bytes(group));
         let recv = recv.buf_group(group.id()).build().flags(squeue::Flags::BUFFER_SELECT);
         self.push(&recv, token)
     }
@@ -254,6 +271,64 @@ impl Ring {
         let address = self.pool.held_bytes(buffer, start, length);
         let flags = libc::MSG_WAITALL | libc::MSG_NOSIGNAL;
         self.push(&opcode::Send::new(fd(socket), address, length).flags(flags).build(), token)
+    }
+
+    /// Receives datagrams with who sent them, to where, and in trains, until cancelled, failed, or without a buffer of
+    /// [`Group::Datagrams`] (`ENOBUFS`). It also ends with an empty datagram, which the completion carries like any other.
+    pub fn recv_datagrams(&mut self, socket: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        let form = std::ptr::from_ref(&*self.receive_form);
+        self.push(&opcode::RecvMsgMulti::new(fd(socket), form, Group::Datagrams.id()).build(), token)
+    }
+
+    /// Receives single datagrams of a connected socket, payload alone; ends like [`Ring::recv_datagrams`]. On a socket that
+    /// receives trains their parts could not be told apart.
+    pub fn recv_connected(&mut self, socket: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.push(&opcode::RecvMulti::new(fd(socket), Group::Datagrams.id()).build(), token)
+    }
+
+    /// What a completion of [`Ring::recv_datagrams`] with this result left in a held buffer. `None`: the datagram did not fit,
+    /// or does not come from an internet address.
+    pub fn datagrams(&self, buffer: u16, result: i32) -> Option<Datagrams> {
+        self.pool.datagrams(buffer, result)
+    }
+
+    /// Sends the parts as one datagram, or as a train of datagrams of `segment` bytes each (0: one). To `to`, where the socket
+    /// is not connected, and from `from`, where it is bound to any address. At once or not at all: without room in the socket's
+    /// send buffer the result is `EAGAIN`. The buffers must stay held until the completion.
+    ///
+    /// # Panics
+    /// If a buffer is not held.
+    pub fn send_datagrams(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        (to, from): (Option<&SocketAddr>, Option<Local>),
+        parts: &[Part],
+        segment: u32,
+        token: Token,
+    ) -> Result<(), EnterError> {
+        // Before anything is kept for it: handing the queue over forgets what was kept.
+        self.make_room()?;
+        if self.messages.is_full(parts.len()) {
+            self.submit()?;
+        }
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        let Self { pool, messages, .. } = self;
+        let bytes = |part: &Part| (pool.held_bytes(part.buffer, part.start, part.length), part.length);
+        let entry = match parts {
+            [] | [_] if segment == 0 && from.is_none() => {
+                let (address, length) = parts.first().map_or((std::ptr::null(), 0), bytes);
+                let send = opcode::Send::new(fd(socket), address, length).flags(flags);
+                match to.map(|to| messages.address(to)) {
+                    Some((address, length)) => send.dest_addr(address).dest_addr_len(length).build(),
+                    None => send.build(),
+                }
+            }
+            _ => {
+                let message = messages.message(to, Control::new(segment, from), parts.iter().map(bytes));
+                opcode::SendMsg::new(fd(socket), message).flags(flags as u32).build()
+            }
+        };
+        self.push(&entry, token)
     }
 
     /// One completion when there is something to read, the end of the stream, or an error.
@@ -329,13 +404,22 @@ impl Ring {
     fn queue(&mut self, entry: &squeue::Entry) -> Result<(), EnterError> {
         loop {
             // SAFETY: what the entry points to lives until the kernel is done with it: socket addresses in
-            // `self.addresses` until the queue is next handed over, buffer memory in `self.pool` as long as the ring.
+            // `self.addresses` and messages in `self.messages` until the queue is next handed over (who keeps one there
+            // made room in the queue first), buffer memory in `self.pool` as long as the ring.
             // Its descriptor is borrowed or owned by the caller now, and is closed only through this same queue.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }
             self.submit()?;
         }
+    }
+
+    /// Makes sure that the next entry fits without handing the queue over.
+    fn make_room(&mut self) -> Result<(), EnterError> {
+        while self.ring.submission().is_full() {
+            self.submit()?;
+        }
+        Ok(())
     }
 
     /// Hands over what is queued, without waiting: the queue is full.
@@ -358,6 +442,7 @@ impl Ring {
         // With SUBMIT_ALL the kernel consumes the whole queue unless it was interrupted before.
         if self.ring.submission().is_empty() {
             self.addresses_used = 0;
+            self.messages.clear();
         }
         done
     }
@@ -396,7 +481,7 @@ fn fd(file: BorrowedFd<'_>) -> Fd {
 }
 
 /// Writes `address` in the kernel's form; returns its length.
-fn write_address(place: &mut libc::sockaddr_storage, address: &SocketAddr) -> libc::socklen_t {
+pub(crate) fn write_address(place: &mut libc::sockaddr_storage, address: &SocketAddr) -> libc::socklen_t {
     match address {
         SocketAddr::V4(v4) => {
             let value = libc::sockaddr_in {

@@ -1,4 +1,4 @@
-//! The socket options that no safe library sets.
+//! The few socket options that no safe library sets.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -39,6 +39,21 @@ pub fn fast_open(listener: BorrowedFd<'_>, waiting: u16) -> io::Result<()> {
 /// As `setsockopt(2)`; `EOPNOTSUPP` without bit 1 of `net.ipv4.tcp_fastopen`.
 pub fn fast_open_connect(socket: BorrowedFd<'_>) -> io::Result<()> {
     set(socket, libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT, 1)
+}
+
+/// Lets a UDP socket receive datagrams of one sender that came together as a train (`UDP_GRO`, `udp(7)`, Linux 5.0).
+pub fn receive_trains(socket: BorrowedFd<'_>) -> io::Result<()> {
+    set(socket, libc::SOL_UDP, libc::UDP_GRO, 1)
+}
+
+/// Lets a UDP socket tell with each datagram to which address it was sent (`IP_PKTINFO`, `ip(7)`; `IPV6_RECVPKTINFO`,
+/// `ipv6(7)`).
+pub fn receive_destination(socket: BorrowedFd<'_>, ipv6: bool) -> io::Result<()> {
+    if ipv6 {
+        set(socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)
+    } else {
+        set(socket, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)
+    }
 }
 
 /// Options whose value is an int.

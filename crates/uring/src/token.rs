@@ -30,10 +30,16 @@ pub enum Op {
     Close,
     /// The doorbell: a poll of an eventfd.
     Wake,
+    /// Multishot receive of datagrams from clients.
+    Datagrams,
+    /// Multishot receive of datagrams from the backend of a flow.
+    Answers,
+    /// Send of a datagram or a train.
+    SendDatagrams,
 }
 
 impl Op {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 16] = [
         Self::Accept,
         Self::Connect,
         Self::RecvClient,
@@ -47,6 +53,9 @@ impl Op {
         Self::Cancel,
         Self::Close,
         Self::Wake,
+        Self::Datagrams,
+        Self::Answers,
+        Self::SendDatagrams,
     ];
 }
 

@@ -43,6 +43,8 @@ const GROUPS: &[Group] = &[
             "mariadb-client-core",
             "mariadb-server-core",
             "socat",
+            "dnsperf",
+            "iperf3",
             "haproxy",
             "python3-venv",
             "docker.io",

@@ -23,8 +23,14 @@ struct Bench<I> {
 
 impl<I: Io> Bench<I> {
     fn new() -> Self {
-        let setup =
-            Setup { submissions: 64, shared: 8, shared_max: 8, first_max: 8, buffer_bytes: BUFFER_BYTES };
+        let setup = Setup {
+            submissions: 64,
+            shared: 8,
+            shared_max: 8,
+            first_max: 8,
+            buffer_bytes: BUFFER_BYTES,
+            ..Setup::default()
+        };
         Self { io: I::start(setup).unwrap(), seen: Vec::new() }
     }
 

@@ -23,9 +23,11 @@ use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, sockopt};
-use uring::{BufferPool, Completion, EnterError, Group, Lent, Setup, SetupError, Token, Wait};
+use uring::{
+    BufferPool, Completion, Datagrams, EnterError, Group, Lent, Local, Part, Setup, SetupError, Token, Wait,
+};
 
-use super::readiness::{Mix, Turn, accept, begin_connect};
+use super::readiness::{Mix, Turn, accept, begin_connect, receive_datagrams, send_datagrams};
 use crate::io::Io;
 
 /// Buffers that one multishot receive fills a turn: the kernel's own bound for a ring is 32, of which a half takes 8 at most.
@@ -70,6 +72,7 @@ enum Read {
     Accept(Token),
     Many(Token),
     Once(Token, Group),
+    Datagrams { token: Token, connected: bool },
     Poll(Token),
 }
 
@@ -86,8 +89,7 @@ impl Source {
     }
 
     fn can_go_on(&self) -> bool {
-        let reads =
-            self.readable && matches!(self.read, Some(Read::Accept(_) | Read::Many(_) | Read::Once(..)));
+        let reads = self.readable && !matches!(self.read, Some(Read::Poll(_)) | None);
         reads || (!self.blocked && matches!(self.write, Some(Write::Send { .. })))
     }
 }
@@ -224,6 +226,9 @@ impl Epoll {
             Some(Read::Once(token, group)) => {
                 (token, receive(&source.file, source.ending, pool, group, token, false, done))
             }
+            Some(Read::Datagrams { token, connected }) => {
+                (token, receive_datagrams(&source.file, pool, token, connected, done))
+            }
             Some(Read::Many(token)) => {
                 let mut turn = Turn::More;
                 for _ in 0..READS_A_TURN {
@@ -280,7 +285,7 @@ impl Epoll {
     // --- Ending -----------------------------------------------------------------------------------------------------
 
     fn cancel_read(&mut self, read: Read) {
-        let (Read::Accept(token) | Read::Many(token) | Read::Once(token, _) | Read::Poll(token)) = read;
+        let token = read.token();
         self.places.remove(&token);
         self.failed(token, Errno::CANCELED);
     }
@@ -405,6 +410,37 @@ impl Io for Epoll {
         Ok(())
     }
 
+    fn recv_datagrams(&mut self, socket: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.read(socket, token, Read::Datagrams { token, connected: false });
+        Ok(())
+    }
+
+    fn recv_connected(&mut self, socket: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.read(socket, token, Read::Datagrams { token, connected: true });
+        Ok(())
+    }
+
+    fn datagrams(&self, buffer: u16, result: i32) -> Option<Datagrams> {
+        self.pool.datagrams(buffer, result)
+    }
+
+    fn bytes(&self, buffer: u16, start: u32, length: u32) -> &[u8] {
+        self.pool.bytes(buffer, start, length)
+    }
+
+    fn send_datagrams(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        route: (Option<&SocketAddr>, Option<Local>),
+        parts: &[Part],
+        segment: u32,
+        token: Token,
+    ) -> Result<(), EnterError> {
+        let result = send_datagrams(&self.pool, socket, route, parts, segment);
+        self.complete(token, result, false);
+        Ok(())
+    }
+
     fn poll_readable(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
         if self.look_again(file, token) {
             self.read(file, token, Read::Poll(token));
@@ -506,7 +542,11 @@ impl Io for Epoll {
 impl Read {
     const fn token(&self) -> Token {
         match self {
-            Self::Accept(token) | Self::Many(token) | Self::Once(token, _) | Self::Poll(token) => *token,
+            Self::Accept(token)
+            | Self::Many(token)
+            | Self::Once(token, _)
+            | Self::Datagrams { token, .. }
+            | Self::Poll(token) => *token,
         }
     }
 }

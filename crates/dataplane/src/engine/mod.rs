@@ -48,7 +48,15 @@ impl Engine {
     pub fn probe(self) -> Result<(), ProbeError> {
         // As many submissions as a worker has: what there is no memory for should show here.
         let submissions = crate::worker::SUBMISSIONS;
-        let setup = Setup { submissions, shared: 8, shared_max: 8, first_max: 8, buffer_bytes: 4_096 };
+        let setup = Setup {
+            submissions,
+            shared: 8,
+            shared_max: 8,
+            first_max: 8,
+            buffer_bytes: 4_096,
+            datagrams_max: 8,
+            datagram_bytes: 4_096,
+        };
         match self {
             Self::Uring => probe::probe::<Ring>(setup),
             Self::TokioUring => probe::probe::<TokioUring>(setup),

@@ -2,11 +2,11 @@
 
 use std::hash::Hasher;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use rustix::io::Errno;
-use rustix::net::SocketFlags;
-use uring::{Completion, Lent, Token};
+use rustix::net::{RecvFlags, SocketFlags};
+use uring::{BufferPool, Completion, Group, Lent, Local, Part, Token};
 
 /// Connections that one listener accepts a turn.
 const ACCEPTS_A_TURN: usize = 64;
@@ -40,6 +40,65 @@ pub(super) fn accept(listener: &Lent, token: Token, done: &mut Vec<Completion>) 
         }
     }
     Turn::More
+}
+
+/// Datagrams, or trains of them, that one socket receives a turn: the kernel's own bound for a multishot receive.
+const DATAGRAMS_A_TURN: usize = 32;
+
+/// Receives what waits, up to a turn's worth. `connected`: payload alone.
+pub(super) fn receive_datagrams(
+    socket: &Lent,
+    pool: &mut BufferPool,
+    token: Token,
+    connected: bool,
+    done: &mut Vec<Completion>,
+) -> Turn {
+    for _ in 0..DATAGRAMS_A_TURN {
+        let mut complete = |result, more, buffer| {
+            done.push(Completion { token, result, more, buffer, socket: None });
+        };
+        let Some(buffer) = pool.take_free(Group::Datagrams) else {
+            complete(-Errno::NOBUFS.raw_os_error(), false, None);
+            return Turn::Done { drained: false };
+        };
+        let room = pool.bytes_mut(buffer);
+        let received = if connected {
+            rustix::net::recv(socket, room, RecvFlags::DONTWAIT).map(|(_, bytes)| bytes as i32)
+        } else {
+            uring::receive_message(socket.as_fd(), room)
+                .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+        };
+        match received {
+            Ok(result) => complete(result, true, Some(buffer)),
+            Err(error) => {
+                pool.release(buffer);
+                match error {
+                    Errno::AGAIN => return Turn::Wait,
+                    Errno::INTR => {}
+                    _ => {
+                        complete(-error.raw_os_error(), false, None);
+                        return Turn::Done { drained: false };
+                    }
+                }
+            }
+        }
+    }
+    Turn::More
+}
+
+/// Sends datagrams, at once or not at all; gives the result of the completion.
+pub(super) fn send_datagrams(
+    pool: &BufferPool,
+    socket: BorrowedFd<'_>,
+    route: (Option<&SocketAddr>, Option<Local>),
+    parts: &[Part],
+    segment: u32,
+) -> i32 {
+    let bytes = parts.iter().map(|part| pool.bytes(part.buffer, part.start, part.length));
+    match uring::send_message(socket, route, bytes, segment) {
+        Ok(sent) => sent as i32,
+        Err(error) => -error.raw_os_error().unwrap_or_else(|| Errno::IO.raw_os_error()),
+    }
 }
 
 /// Begins a connect. It is over when the socket can be written to, and `SO_ERROR` says how it ended.

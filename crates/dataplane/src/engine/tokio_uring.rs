@@ -32,9 +32,12 @@ use rustix::io::Errno;
 use rustix::net::{Shutdown, sockopt};
 use tokio_uring::{InFlightOneshot, OneshotOutputTransform, Runtime, UnsubmittedOneshot};
 use uring::oneshot::{self, Oneshot, Outcome};
-use uring::{BufferPool, Completion, EnterError, Group, Lent, Memory, Setup, SetupError, Token, Wait};
+use uring::{
+    BufferPool, Completion, Datagrams, EnterError, Group, Lent, Local, Memory, Part, Setup, SetupError,
+    Token, Wait,
+};
 
-use super::readiness::{Mix, Turn, accept, begin_connect};
+use super::readiness::{Mix, Turn, accept, begin_connect, receive_datagrams, send_datagrams};
 use crate::io::Io;
 
 /// How long an enter that should not wait may take at most: `tokio-uring` hands operations over when its thread sleeps.
@@ -86,6 +89,10 @@ enum Kind {
     Connect,
     RecvMany,
     RecvOnce(Group),
+    /// A poll, and then system calls that do not wait.
+    Datagrams {
+        connected: bool,
+    },
     Send {
         buffer: u16,
         start: u32,
@@ -234,7 +241,7 @@ impl State {
         }
         let Some(file) = operation.file.as_ref().map(AsFd::as_fd) else { return };
         let described = match operation.kind {
-            Kind::Accept | Kind::Readable => oneshot::poll_readable(file),
+            Kind::Accept | Kind::Datagrams { .. } | Kind::Readable => oneshot::poll_readable(file),
             Kind::Connect | Kind::Writable => oneshot::poll_writable(file),
             Kind::RecvMany => oneshot::recv(&self.pool, file, Group::Shared),
             Kind::RecvOnce(group) => oneshot::recv(&self.pool, file, group),
@@ -286,6 +293,12 @@ impl State {
                 Turn::Wait | Turn::More => Next::Again,
                 Turn::Done { .. } => Next::Over,
             },
+            (Some(token), Kind::Datagrams { connected }, Some(socket)) => {
+                match receive_datagrams(socket, pool, token, connected, done) {
+                    Turn::Wait | Turn::More => Next::Again,
+                    Turn::Done { .. } => Next::Over,
+                }
+            }
             (Some(_), Kind::Connect, Some(socket)) => match sockopt::socket_error(socket) {
                 Ok(Ok(())) => Next::End(0),
                 Ok(Err(error)) | Err(error) => Next::End(-error.raw_os_error()),
@@ -298,7 +311,7 @@ impl State {
             }
             (Some(_), Kind::Send { .. } | Kind::Readable | Kind::Writable, _) => Next::End(result),
             // It was cancelled, which its owner knows.
-            (None, ..) | (_, Kind::Accept | Kind::Connect, None) => Next::Over,
+            (None, ..) | (_, Kind::Accept | Kind::Connect | Kind::Datagrams { .. }, None) => Next::Over,
         };
         match next {
             Next::Again => self.queued.push_back(slot),
@@ -415,6 +428,37 @@ impl Io for TokioUring {
         Ok(())
     }
 
+    fn recv_datagrams(&mut self, socket: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.state.queue(token, socket, Kind::Datagrams { connected: false });
+        Ok(())
+    }
+
+    fn recv_connected(&mut self, socket: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.state.queue(token, socket, Kind::Datagrams { connected: true });
+        Ok(())
+    }
+
+    fn datagrams(&self, buffer: u16, result: i32) -> Option<Datagrams> {
+        self.state.pool.datagrams(buffer, result)
+    }
+
+    fn bytes(&self, buffer: u16, start: u32, length: u32) -> &[u8] {
+        self.state.pool.bytes(buffer, start, length)
+    }
+
+    fn send_datagrams(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        route: (Option<&SocketAddr>, Option<Local>),
+        parts: &[Part],
+        segment: u32,
+        token: Token,
+    ) -> Result<(), EnterError> {
+        let result = send_datagrams(&self.state.pool, socket, route, parts, segment);
+        self.state.complete(token, result);
+        Ok(())
+    }
+
     fn poll_readable(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
         self.state.queue(token, file, Kind::Readable);
         Ok(())
@@ -430,7 +474,10 @@ impl Io for TokioUring {
         let Some(slot) = state.places.get(&target).copied() else { return Ok(()) };
         let Some(operation) = &mut state.slots[slot as usize].operation else { return Ok(()) };
         operation.cancelled = true;
-        let polls = matches!(operation.kind, Kind::Accept | Kind::Connect | Kind::Readable | Kind::Writable);
+        let polls = !matches!(
+            operation.kind,
+            Kind::RecvMany | Kind::RecvOnce(_) | Kind::Send { .. } | Kind::Provide { .. }
+        );
         if operation.flight.is_some() && polls {
             if let (Kind::Connect, Some(socket)) = (operation.kind, &operation.file) {
                 // It gives its port back now; the poll ends with it.

@@ -25,7 +25,7 @@ impl<I: Io> Worker<I> {
     pub(super) fn arm_accept(&mut self, index: usize) -> Result<(), EnterError> {
         let listener = &mut self.listeners[index];
         match &listener.socket {
-            Some(socket) if !listener.armed => {
+            Some(socket) if !listener.armed && listener.udp.is_none() => {
                 listener.armed = true;
                 self.ring.accept(socket.as_fd(), Token::new(Op::Accept, index as u32, 0))
             }

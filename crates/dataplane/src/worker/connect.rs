@@ -318,7 +318,7 @@ fn client_key(client: Option<&OwnedFd>) -> FlowKey {
 
 impl Target {
     /// Selects by affinity where there is some and the client is known, else by the policy.
-    fn select(
+    pub(super) fn select(
         &mut self,
         table: &AllocationTable,
         key: FlowKey,

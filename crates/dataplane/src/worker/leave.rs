@@ -41,6 +41,9 @@ impl<I: Io> Worker<I> {
     pub(super) fn stop_accepting(&mut self) -> Result<(), EnterError> {
         self.accept_again = None;
         for index in 0..self.listeners.len() {
+            if self.listeners[index].udp.is_some() {
+                continue; // They are closed with their last flow.
+            }
             if self.listeners[index].armed {
                 // Its last completion closes the listener.
                 self.ring.cancel(Token::new(Op::Accept, index as u32, 0))?;
@@ -66,6 +69,7 @@ impl<I: Io> Worker<I> {
         for index in self.flows.indexes() {
             self.drive(index, Input::Abort(CloseReason::Drained))?;
         }
+        self.end_all_udp(CloseReason::Drained);
         Ok(())
     }
 }

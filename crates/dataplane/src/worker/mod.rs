@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -22,6 +23,7 @@ use uring::{Completion, EnterError, Group, Op, Setup, SetupError, Token, Wait};
 
 use crate::access::AccessLog;
 use crate::clock::{Clock, Now};
+use crate::config::UdpConfig;
 use crate::io::Io;
 use crate::listen;
 use crate::pipes::Pipes;
@@ -33,6 +35,7 @@ use crate::towards::Towards;
 use admit::Gate;
 use queue::Room;
 use slot::{FlowSlot, Listener, Syn, Target};
+use udp::{Udp, UdpListener, UdpShared};
 
 mod accept;
 pub(crate) mod admit;
@@ -45,6 +48,7 @@ mod perform;
 pub(crate) mod queue;
 mod slot;
 mod splice;
+pub(crate) mod udp;
 mod waits;
 
 /// Bytes of a receive buffer: four pages, and a little more, so that an answer of 16 KiB does not look like a part of a
@@ -89,6 +93,8 @@ pub(crate) struct ListenerSetup {
     pub(crate) targets: Vec<TargetSetup>,
     /// Who turns new flows away; `None`: nobody is.
     pub(crate) gate: Option<Arc<Gate>>,
+    /// Of a listener of datagrams: how, where it is bound, and what its workers share.
+    pub(crate) udp: Option<(UdpConfig, SocketAddr, Arc<UdpShared>)>,
 }
 
 /// A pool that serves a listener.
@@ -129,6 +135,7 @@ pub(crate) struct Worker<I> {
     outputs: Outputs,
     followups: VecDeque<Input>,
     expired: Vec<u32>,
+    udp: Udp,
 }
 
 impl<I: Io> Worker<I> {
@@ -141,16 +148,22 @@ impl<I: Io> Worker<I> {
                 tracing::warn!(worker = setup.worker, core, %error, "could not pin the worker to its core");
             }
         }
-        let ring: I = make_ring(setup.buffers_max)?;
+        let any_udp = setup.listeners.iter().any(|listener| listener.udp.is_some());
+        let ring: I = make_ring(setup.buffers_max, if any_udp { udp::DATAGRAMS_MAX } else { 0 })?;
         let now = setup.clock.now();
+        // One retry: nobody resends what UDP loses, and a datagram that kills a backend should not go through all of them.
+        let retries = setup.tuning.connect_retries.min(1);
         let listener = |listener: ListenerSetup| {
             let target = |target| Target::new(target, setup.worker, seed(setup.worker));
+            let udp = |(config, address, shared)| UdpListener::new(&config, address, retries, shared);
             Listener {
                 socket: Some(listener.socket),
                 armed: false,
+                closing: false,
                 backlog: listener.backlog,
                 targets: listener.targets.into_iter().map(target).collect(),
                 gate: listener.gate,
+                udp: listener.udp.map(udp),
             }
         };
         setup.buffer_bytes.buffer_bytes.store(u64::from(BUFFER_BYTES), Relaxed);
@@ -178,6 +191,7 @@ impl<I: Io> Worker<I> {
             outputs: Outputs::new(),
             followups: VecDeque::new(),
             expired: Vec::new(),
+            udp: Udp::new(setup.worker, now.timestamp(), seed(setup.worker), setup.flows_max),
         };
         worker.open_listeners().map_err(|source| SetupError::Other { step: "listen", source })?;
         Ok(worker)
@@ -185,9 +199,13 @@ impl<I: Io> Worker<I> {
 
     fn open_listeners(&mut self) -> io::Result<()> {
         for listener in &self.listeners {
-            let start = |socket| listen::start(socket, listener.backlog);
-            listener.socket.as_ref().map_or(Ok(()), start)?;
+            if listener.udp.is_none() {
+                let start = |socket| listen::start(socket, listener.backlog);
+                listener.socket.as_ref().map_or(Ok(()), start)?;
+            }
         }
+        self.start_udp();
+        self.finish_datagrams().map_err(io::Error::other)?;
         self.arm_accepts().map_err(io::Error::other)?;
         self.arm_bell().map_err(io::Error::other)?;
         self.ring.enter(Wait::No).map_err(io::Error::other)
@@ -205,6 +223,7 @@ impl<I: Io> Worker<I> {
             for completion in batch.drain(..) {
                 self.step(completion)?;
             }
+            self.finish_datagrams()?;
             self.expire()?;
             self.serve_buffer_waits()?;
             self.serve_queues()?;
@@ -215,11 +234,14 @@ impl<I: Io> Worker<I> {
 
     fn is_done(&self) -> bool {
         let leaving = self.orders.stop || self.orders.drain_within.is_some();
-        leaving && self.flows.len() == 0 && self.listeners.iter().all(|listener| listener.socket.is_none())
+        leaving
+            && self.flows.len() == 0
+            && self.udp.is_empty()
+            && self.listeners.iter().all(|listener| listener.socket.is_none())
     }
 
     fn wait(&self) -> Wait {
-        let timers = [self.wheel.next_wake(), self.accept_again, self.drain_deadline];
+        let timers = [self.wheel.next_wake(), self.accept_again, self.drain_deadline, self.udp.next_wake()];
         match timers.into_iter().flatten().min() {
             Some(at) => Wait::For(at.since(self.now.timestamp())),
             None => Wait::Forever,
@@ -233,10 +255,11 @@ impl<I: Io> Worker<I> {
     }
 
     fn publish_stats(&mut self) {
-        let both =
-            |count: fn(&I, Group) -> u32| count(&self.ring, Group::Shared) + count(&self.ring, Group::First);
-        self.stats.buffers.set(u64::from(both(I::buffers)));
-        self.stats.buffers_in_use.set(u64::from(both(I::buffers_held)));
+        let all = |count: fn(&I, Group) -> u32| -> u32 {
+            Group::ALL.into_iter().map(|group| count(&self.ring, group)).sum()
+        };
+        self.stats.buffers.set(u64::from(all(I::buffers)));
+        self.stats.buffers_in_use.set(u64::from(all(I::buffers_held)));
         self.stats.enters.set(self.ring.enters());
         self.stats
             .ejections_ignored
@@ -250,6 +273,9 @@ impl<I: Io> Worker<I> {
         match completion.token.op {
             Op::Accept => self.accepted(completion),
             Op::Wake => self.rung(),
+            Op::Datagrams => self.datagrams_came(&completion),
+            Op::Answers => self.answers_came(&completion),
+            Op::SendDatagrams => self.sent(&completion),
             Op::Cancel | Op::Close => Ok(()), // There was nothing to cancel any more; a close that fails has closed.
             _ => self.step_flow(&completion),
         }
@@ -284,7 +310,13 @@ impl<I: Io> Worker<I> {
             Op::ReadableBackend => Some(Input::Readable { from: Side::Backend }),
             Op::WritableClient => Some(Input::Writable { to: Side::Client }),
             Op::WritableBackend => Some(Input::Writable { to: Side::Backend }),
-            Op::Accept | Op::Wake | Op::Cancel | Op::Close => None, // Not of a flow: `step` took them.
+            Op::Accept
+            | Op::Wake
+            | Op::Cancel
+            | Op::Close
+            | Op::Datagrams
+            | Op::Answers
+            | Op::SendDatagrams => None, // Not of a flow: `step` took them.
         };
         match input {
             Some(input) => self.drive(index, input),
@@ -345,7 +377,7 @@ impl<I: Io> Worker<I> {
     }
 }
 
-fn make_ring<I: Io>(buffers_max: u32) -> Result<I, SetupError> {
+fn make_ring<I: Io>(buffers_max: u32, datagrams_max: u32) -> Result<I, SetupError> {
     let mut buffers_max = buffers_max;
     loop {
         let setup = Setup {
@@ -354,6 +386,8 @@ fn make_ring<I: Io>(buffers_max: u32) -> Result<I, SetupError> {
             shared_max: SHARED_MAX,
             first_max: buffers_max,
             buffer_bytes: BUFFER_BYTES,
+            datagrams_max,
+            datagram_bytes: udp::DATAGRAM_BYTES,
         };
         match I::start(setup) {
             // The buffer ring itself counts against RLIMIT_MEMLOCK: a smaller one works, with fewer buffers at most.
@@ -412,7 +446,7 @@ const fn send_op(to: Side) -> Op {
 }
 
 /// Different for each worker of each process: workers that drew alike would select alike.
-fn seed(worker: usize) -> u64 {
+pub(crate) fn seed(worker: usize) -> u64 {
     use std::hash::{BuildHasher, Hasher};
     let mut hasher = std::hash::RandomState::new().build_hasher();
     hasher.write_usize(worker);

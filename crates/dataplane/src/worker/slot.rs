@@ -11,6 +11,7 @@ use super::TargetSetup;
 use super::admit::{Admitted, Gate};
 use super::noted::Noted;
 use super::queue::Queue;
+use super::udp::UdpListener;
 use crate::pipes::Pipe;
 use crate::share::PoolShare;
 use crate::stats::Shed;
@@ -19,8 +20,13 @@ use crate::towards::{Spent, Towards};
 pub(super) struct Listener {
     /// `None` once it is closed.
     pub(super) socket: Option<OwnedFd>,
+    /// An accept or a receive is in flight.
     pub(super) armed: bool,
     pub(super) backlog: u16,
+    /// It was cancelled, to close the socket.
+    pub(super) closing: bool,
+    /// What listeners of datagrams have beside it.
+    pub(super) udp: Option<UdpListener>,
     /// Whom its flows are given to: the first is the default.
     pub(super) targets: Box<[Target]>,
     /// Who turns new flows away; `None`: nobody is.

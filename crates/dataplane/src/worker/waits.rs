@@ -23,9 +23,11 @@ impl<I: Io> Worker<I> {
         if self.accept_again.is_some_and(|at| at <= now) {
             self.arm_accepts()?;
         }
+        self.expire_udp()?;
         if self.drain_deadline.is_some_and(|at| at <= now) {
             self.drain_deadline = None;
             self.abort_all()?;
+            self.finish_datagrams()?;
         }
         Ok(())
     }

@@ -46,6 +46,7 @@ fn the_least_file_takes_every_default() {
                 requires: Requirements::default(),
                 tcp: dataplane::ListenerTcp::default(),
                 limits: dataplane::ListenerLimits::default(),
+                udp: dataplane::UdpConfig::default(),
             }],
             upstreams: Vec::new(),
             providers: Vec::new(),
@@ -126,6 +127,55 @@ fn limits_queues_affinity_and_the_access_log() {
         "f:15:1: error: there is no key `listener.limits.flows_per_clients`\n  hint: did you mean `flows_per_client`?",
     ] {
         assert!(errors.contains(expected), "{expected}\n{errors}");
+    }
+}
+
+#[test]
+fn listeners_of_datagrams() {
+    let file = |lines: &str| {
+        format!(
+            "[[pool]]\nname = \"dns\"\n[[listener]]\nbind = \"tcp://127.0.0.1:53\"\npool = \"dns\"\n{lines}"
+        )
+    };
+    let udp = "[[listener]]\nbind = \"udp://127.0.0.1:53\"\npool = \"dns\"\n[listener.udp]\nidle_timeout = \"5s\"\nresponses = 1\n\
+        requests = 2\nflows_max = 3\nquic = true\nquic_server_id = \"id:4\"\n";
+    let config = Config::parse(file(udp).as_bytes()).expect("connections and datagrams share a port");
+    let expected = dataplane::UdpConfig {
+        idle_timeout: Duration::from_secs(5),
+        responses: 1,
+        requests: 2,
+        flows_max: 3,
+        quic: true,
+        quic_server_id: Some(dataplane::ServerIdForm::Id(4)),
+    };
+    assert_eq!(config.listeners[1].udp, expected);
+    for (lines, expected) in [
+        (
+            "[listener.udp]\nresponses = 1\n",
+            "f:6:1: error: `listener.udp` is for listeners of datagrams\n  hint: write bind = \"udp://…\", or remove \
+             [listener.udp]",
+        ),
+        (
+            "[[listener]]\nbind = \"udp://127.0.0.1:53\"\npool = \"dns\"\n[listener.udp]\nidle_timeout = \"0s\"\n",
+            "f:10:16: error: `listener.udp.idle_timeout`: \"0s\" leaves no time\n  hint: a flow of datagrams has no other \
+             end: write at least \"1ms\"",
+        ),
+        (
+            "[[listener]]\nbind = \"udp://127.0.0.1:53\"\npool = \"dns\"\n[listener.udp]\nquic_server_id = \"ipv4\"\n",
+            "f:10:18: error: `listener.udp.quic_server_id` without quic = true\n  hint: add quic = true before it",
+        ),
+        (
+            "[[listener]]\nbind = \"udp://127.0.0.1:53\"\npool = \"dns\"\n[listener.udp]\nquic = true\nquic_server_id = \"id:16\"\n",
+            "f:11:18: error: `listener.udp.quic_server_id`: \"id:16\" is no form of a server id\n  hint: write \"ipv4\", \
+             \"ipv4-port\", or \"id:4\" for resources whose ids are 4 octets in hexadecimal",
+        ),
+        (
+            "[[listener]]\nbind = \"tcp://127.0.0.1:53\"\npool = \"dns\"\n",
+            "f:7:8: error: `listener.bind`: 127.0.0.1:53 is taken already\n  hint: `listener.bind` has it (line 4); give \
+             one of them another port",
+        ),
+    ] {
+        assert_eq!(errors(&file(lines)), format!("{expected}\n"), "for {lines}");
     }
 }
 
@@ -504,7 +554,7 @@ policy = "roundrobin"
 name = "sql"
 policy = "leastconn"
 [[listener]]
-bind = "udp://127.0.0.1:53"
+bind = "sctp://127.0.0.1:53"
 pool = "slq"
 [[listener]]
 pool = "web"
@@ -537,8 +587,8 @@ f:21:8: error: there are two pools named "sql"
   hint: the first is in line 18; rename one or merge them
 f:22:10: error: `pool.policy`: there is no policy "leastconn"
   hint: there are adaptive, least-connections, p2c, peak-ewma, weighted-round-robin, round-robin, random, first, utilization, maglev, prequal, criteria
-f:24:8: error: `listener.bind`: "udp://127.0.0.1:53": UDP is not supported by this version
-  hint: write tcp://…; udp:// comes in a later release
+f:24:8: error: `listener.bind`: "sctp://127.0.0.1:53": there is no protocol "sctp"
+  hint: write "tcp://127.0.0.1:53" or "udp://127.0.0.1:53"
 f:25:8: error: `listener.pool`: there is no pool "slq"
   hint: did you mean "sql"?
 f:26:1: error: `listener.bind` is missing

@@ -105,7 +105,7 @@ fn unreachable(listener: &ListenerConfig, address: Option<SocketAddr>) -> Option
         Some(address) if address.ip().is_unspecified() || address.port() == 0 => {
             Some(Problem::new(format!("`upstream.address`: nobody can connect to {address}"), hint))
         }
-        None if listener.bind.0.ip().is_unspecified() => Some(Problem::new(
+        None if listener.bind.address.ip().is_unspecified() => Some(Problem::new(
             format!(
                 "`upstream.address` is missing: {} is every address of this host, not one",
                 listener.bind

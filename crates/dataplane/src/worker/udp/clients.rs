@@ -1,0 +1,323 @@
+//! Datagrams from clients: to the backend of their flow, or of a new one.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use allocation::{ConnectFailure, FlowKey, LiveFacts, NoBackend, OpenFlow, Selection};
+use flow::udp::{Cid, ServerIds, Train, Tuple};
+use flow::{CloseReason, Side};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use uring::{Completion, EnterError, Local, Part};
+
+use super::super::connect::{excluded, local_failure};
+use super::super::slot::Moved;
+use super::sends::NONE;
+use super::{
+    KEPT_BYTES, KEPT_MAX, KEPT_PER_FLOW, KnownServers, Learned, UdpFlow, Unarmed, Worker, ip_of, is_refusal,
+    lock,
+};
+use crate::io::Io;
+use crate::stats::{Dropped, Shed};
+
+/// A backend for a flow, and a socket that is connected to it.
+pub(super) struct Placed {
+    pub(super) open: OpenFlow,
+    pub(super) address: SocketAddr,
+    pub(super) socket: OwnedFd,
+    /// The connection that it was found by.
+    cid: Option<Cid>,
+}
+
+/// Why there is none.
+pub(super) enum NotPlaced {
+    /// Nobody is ready, or who was tried refused.
+    NoBackend,
+    /// Something of ours ran out.
+    Local(Shed),
+}
+
+impl<I: Io> Worker<I> {
+    pub(in super::super) fn datagrams_came(&mut self, completion: &Completion) -> Result<(), EnterError> {
+        let index = completion.token.slot as usize;
+        if !completion.more {
+            self.listeners[index].armed = false;
+            if !self.listeners[index].closing {
+                self.udp.unarmed.push(Unarmed::Listener(index));
+            }
+        }
+        let Some(buffer) = completion.buffer.filter(|_| completion.result >= 0) else {
+            self.release_of(completion);
+            self.receive_failed(-completion.result);
+            return Ok(());
+        };
+        let Some(datagrams) = self.ring.datagrams(buffer, completion.result) else {
+            self.ring.release(buffer);
+            self.dropped(index, Dropped::Malformed, 1);
+            return Ok(());
+        };
+        let train = Train::received(datagrams.length, datagrams.segment);
+        let part = Part { buffer, start: datagrams.start, length: datagrams.length };
+        let local =
+            datagrams.to.filter(|_| self.listeners[index].udp.as_ref().is_some_and(|udp| udp.wildcard));
+        match self.flow_of(index, datagrams.from, local, train, part)? {
+            Some(flow) => self.asked(flow, train, Some(part)),
+            None => self.ring.release(buffer),
+        }
+        Ok(())
+    }
+
+    /// The flow that the datagram belongs to; `None`: it gets none, which is counted.
+    pub(super) fn flow_of(
+        &mut self,
+        listener: usize,
+        client: SocketAddr,
+        local: Option<Local>,
+        train: Train,
+        part: Part,
+    ) -> Result<Option<u32>, EnterError> {
+        let tuple = Tuple::new(listener as u16, client, ip_of(local));
+        match self.udp.flows.find(&tuple) {
+            Some(flow) => Ok(Some(flow)),
+            None => self.open_udp(listener, tuple, client, local, train, part),
+        }
+    }
+
+    /// What the client says goes to its backend.
+    pub(super) fn asked(&mut self, flow: u32, train: Train, part: Option<Part>) {
+        let Some(listener) = self.udp.flows.get(flow).map(|flow| usize::from(flow.listener)) else { return };
+        let Some(udp) = &self.listeners[listener].udp else { return };
+        let retries = udp.tuning.retries;
+        let number = self.udp.flows.requests(flow);
+        self.udp.flows.asked(flow, train.datagrams(), self.now.timestamp(), &udp.tuning);
+        if let Some(part) = part.filter(|_| retries > 0) {
+            self.keep(flow, number, train, part);
+        }
+        self.queue_datagrams(flow, Side::Backend, train, part);
+    }
+
+    fn open_udp(
+        &mut self,
+        listener: usize,
+        tuple: Tuple,
+        client: SocketAddr,
+        local: Option<Local>,
+        train: Train,
+        part: Part,
+    ) -> Result<Option<u32>, EnterError> {
+        if self.leaving() {
+            self.dropped(listener, Dropped::Draining, train.datagrams());
+            return Ok(None);
+        }
+        let Some(udp) = &self.listeners[listener].udp else { return Ok(None) };
+        let (tuning, shared, flows_max) = (udp.tuning, Arc::clone(&udp.shared), udp.flows_max);
+        let stats = Arc::clone(&self.stats);
+        let stats = &stats.listeners[listener];
+        let admitted = match self.admit(listener, || Some(client)) {
+            Ok(admitted) => admitted,
+            Err(shed) => {
+                stats.shed(shed);
+                return Ok(None);
+            }
+        };
+        let of_listener = shared.flows_open.fetch_add(1, Relaxed);
+        let give_back = |worker: &Self| {
+            shared.flows_open.fetch_sub(1, Relaxed);
+            worker.dismiss(listener as u16, admitted);
+        };
+        if flows_max != 0 && of_listener >= flows_max {
+            give_back(self);
+            stats.shed(Shed::Flows);
+            return Ok(None);
+        }
+        stats.opened.add(1);
+        let mut tried = Vec::new();
+        let placed = match self.place(listener, client, &mut tried, tuning.retries, Some(part)) {
+            Ok(placed) => placed,
+            Err(why) => {
+                give_back(self);
+                stats.closed(match why {
+                    NotPlaced::NoBackend => CloseReason::NoBackend,
+                    NotPlaced::Local(shed) => {
+                        stats.shed(shed);
+                        CloseReason::Exhausted
+                    }
+                });
+                return Ok(None);
+            }
+        };
+        placed.open.opened();
+        let id = self.udp.next_id;
+        self.udp.next_id += 1;
+        let flow = UdpFlow {
+            listener: listener as u16,
+            admitted,
+            client,
+            local,
+            socket: Some(placed.socket),
+            open: Some(placed.open),
+            address: placed.address,
+            tried,
+            attempt: 0,
+            receiving: false,
+            receiving_trains: false,
+            receiving_attempt: 0,
+            trains: false,
+            trains_wanted: false,
+            no_trains: [false; 2],
+            burst: (0, 0),
+            kept: Vec::new(),
+            resent_below: 0,
+            building: [NONE; 2],
+            answered: false,
+            opened_micros: self.now.micros,
+            asked_micros: self.now.micros,
+            moved: Moved::default(),
+            cid: placed.cid,
+            cids_learned: 0,
+            id,
+        };
+        if let Some(cid) = placed.cid {
+            // The connection moves on with its client: the end of the flow that it came by does not end it.
+            let learned = Learned { address: flow.address, live: Arc::clone(flow.live()) };
+            lock(&shared.cids).learn(cid, learned, id);
+        }
+        let now = self.now.timestamp();
+        // The table takes as many as `flows_max`, which was asked above.
+        let Ok(index) = self.udp.flows.open(tuple, flow, now, &tuning) else {
+            give_back(self);
+            stats.shed(Shed::Flows);
+            stats.closed(CloseReason::Exhausted);
+            return Ok(None);
+        };
+        self.arm_flow(index)?;
+        Ok(Some(index))
+    }
+
+    /// Copies what the client says before its backend is known to be there.
+    fn keep(&mut self, index: u32, number: u32, train: Train, part: Part) {
+        let Self { ring, udp, .. } = self;
+        let Some(flow) = udp.flows.get_mut(index).filter(|flow| !flow.answered && flow.attempt == 0) else {
+            return;
+        };
+        let mut start = part.start;
+        for (number, length) in (number..).zip(train.lengths()) {
+            let fits = length <= KEPT_BYTES && udp.kept_bytes + length as usize <= KEPT_MAX;
+            // In one row: whatever is sent again is sent up to a number.
+            let next = flow.kept.last().map_or(0, |(last, _)| last + 1);
+            if !fits || number != next || flow.kept.len() >= KEPT_PER_FLOW {
+                return;
+            }
+            udp.kept_bytes += length as usize;
+            flow.kept.push((number, ring.bytes(part.buffer, start, length).into()));
+            start += length;
+        }
+    }
+
+    /// A backend that was not tried, and a socket connected to it. A QUIC connection goes to the backend it is with.
+    pub(super) fn place(
+        &mut self,
+        listener: usize,
+        client: SocketAddr,
+        tried: &mut Vec<Arc<LiveFacts>>,
+        retries: u8,
+        packet: Option<Part>,
+    ) -> Result<Placed, NotPlaced> {
+        if let Some((learned, cid)) = packet.and_then(|part| self.quic_backend(listener, part))
+            && let Ok(socket) = self.datagram_socket(listener, &learned.address)
+        {
+            return Ok(Placed { open: learned.live.open_flow(), address: learned.address, socket, cid });
+        }
+        loop {
+            let (open, address) = self.select_for(listener, client, tried)?;
+            let errno = match self.datagram_socket(listener, &address) {
+                Ok(socket) => return Ok(Placed { open, address, socket, cid: None }),
+                Err(error) => error.raw_os_error(),
+            };
+            if !is_refusal(errno) {
+                // Without a free port, connect(2) says EAGAIN.
+                let ports = errno == Errno::AGAIN.raw_os_error();
+                let shed = if ports { Shed::Ports } else { local_failure(errno).unwrap_or(Shed::Memory) };
+                return Err(NotPlaced::Local(shed));
+            }
+            open.connect_failed(ConnectFailure::Refused, self.now.timestamp());
+            tried.push(Arc::clone(open.live()));
+            self.stats.listeners[listener].connect_retries.add(1);
+            if tried.len() > usize::from(retries) {
+                return Err(NotPlaced::NoBackend);
+            }
+        }
+    }
+
+    fn select_for(
+        &mut self,
+        listener: usize,
+        client: SocketAddr,
+        tried: &[Arc<LiveFacts>],
+    ) -> Result<(OpenFlow, SocketAddr), NotPlaced> {
+        let now = self.now.timestamp();
+        let target = &mut self.listeners[listener].targets[0];
+        let table = Arc::clone(target.table());
+        let tried = excluded(&table, tried);
+        let key = if table.wants_key() { FlowKey::of_client(client.ip()) } else { FlowKey::from_bits(0) };
+        let (selection, kept) = target.select(&table, key, &tried, now, || Some(client));
+        self.note(listener as u16, 0, &table, &tried, &selection, kept);
+        match selection {
+            Ok(Selection { index, open, .. }) => Ok((open, table.backend(index).address)),
+            Err(why) => {
+                if why == NoBackend::RequirementUnmet {
+                    self.stats.listeners[listener].shed(Shed::Requirement);
+                }
+                Err(NotPlaced::NoBackend)
+            }
+        }
+    }
+
+    /// The backend that a packet's connection is with: by the server id in its ID, or by an ID that the backend was seen to
+    /// choose.
+    fn quic_backend(&mut self, listener: usize, part: Part) -> Option<(Learned, Option<Cid>)> {
+        let Self { listeners, ring, .. } = self;
+        let listener = &mut listeners[listener];
+        let udp = listener.udp.as_mut().filter(|udp| udp.quic)?;
+        let packet = ring.bytes(part.buffer, part.start, part.length);
+        if let Some(KnownServers { form, of: known }) = &mut udp.server_ids {
+            let table = Arc::clone(listener.targets[0].table());
+            let members = table.members();
+            // Read once for each membership: whoever sends packets from ever new addresses must not make us look at all.
+            if !known.as_ref().is_some_and(|(of, _)| Arc::ptr_eq(of, members)) {
+                let backends = (0..).zip(members.backends());
+                let backends = backends.map(|(index, backend)| (index, backend.id.as_str(), backend.address));
+                *known = Some((Arc::clone(members), ServerIds::new(*form, backends)));
+            }
+            let found = known.as_ref().and_then(|(_, ids)| ids.find(packet));
+            if let Some(backend) = found.and_then(|index| members.backends().get(index as usize)) {
+                return Some((Learned { address: backend.address, live: Arc::clone(&backend.live) }, None));
+            }
+        }
+        let (cid, learned) = lock(&udp.shared.cids).find(packet)?;
+        Some((learned, Some(cid)))
+    }
+
+    fn datagram_socket(&mut self, listener: usize, address: &SocketAddr) -> rustix::io::Result<OwnedFd> {
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let socket = rustix::net::socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+        let target = &mut self.listeners[listener].targets[0];
+        if let Some(source) = target.sources(address).take(target.towards.sources(address)) {
+            let _ = uring::bind_address_no_port(socket.as_fd());
+            rustix::net::bind(&socket, &SocketAddr::new(source, 0))?;
+        }
+        rustix::net::connect(&socket, address)?;
+        Ok(socket)
+    }
+}
+
+impl UdpFlow {
+    fn live(&self) -> &Arc<LiveFacts> {
+        match &self.open {
+            Some(open) => open.live(),
+            None => unreachable!("a flow that is being opened has a backend"),
+        }
+    }
+}
