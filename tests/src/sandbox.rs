@@ -42,6 +42,8 @@ pub enum Sandbox {
     Hides,
     /// What io_uring registers, with `EINVAL`, as a kernel that has no buffer rings yet.
     IsOld,
+    /// Locked memory beyond so many bytes (`RLIMIT_MEMLOCK`), which some kernels count rings against.
+    LocksAtMost(u32),
 }
 
 impl Sandbox {
@@ -51,15 +53,21 @@ impl Sandbox {
     /// When the binary is not built.
     #[track_caller]
     pub fn command(self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL"]).env_remove("RUST_LOG");
         let ((first, last), errno) = match self {
+            Self::LocksAtMost(bytes) => {
+                // Root may lock all it likes, unless it can never have the capability.
+                command.args(["--bounding-set=-ipc_lock", "--", "prlimit"]);
+                command.arg(format!("--memlock={bytes}:{bytes}")).arg(binary()).args(arguments);
+                return command;
+            }
             Self::Forbids => (IO_URING, Errno::PERM),
             Self::Hides => (IO_URING, Errno::NOSYS),
             Self::IsOld => (IO_URING_REGISTER, Errno::INVAL),
         };
         let numbers = [first as i32, last as i32, errno.raw_os_error()].map(|number| number.to_string());
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--", "/usr/bin/python3", "-c", LAUNCHER]).args(numbers);
-        command.arg(binary()).args(arguments).env_remove("RUST_LOG");
+        command.args(["--", "/usr/bin/python3", "-c", LAUNCHER]).args(numbers).arg(binary()).args(arguments);
         command
     }
 }

@@ -21,7 +21,7 @@ use uring::{Ring, SetupError};
 use crate::access::{self, AccessLog, AccessLogTo};
 use crate::clock::Clock;
 use crate::config::{Config, Limits, Target};
-use crate::engine::{Engine, Epoll, ProbeError, TokioUring, choose};
+use crate::engine::{Engine, Epoll, ProbeError, TokioUring, choose, next_best};
 use crate::io::Io;
 use crate::listen;
 use crate::pipes::PIPES_MAX;
@@ -224,7 +224,7 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
         workers: (0..workers)
             .map(|_| Arc::new(WorkerStats::new(config.listeners.len(), config.decision_sample)))
             .collect(),
-        engine,
+        engine: Mutex::new(engine),
         buffer_bytes: AtomicU64::new(0),
         towards: towards.clone(),
         access_log: Arc::default(),
@@ -262,7 +262,32 @@ impl Bound {
     }
 
     /// Starts the workers. When it returns, every listener accepts.
+    ///
+    /// Where the engine was not named and there is no memory for one in each worker, the next one that works is taken.
     pub fn start(mut self) -> Result<Dataplane, StartError> {
+        let sockets = std::mem::take(&mut self.sockets);
+        loop {
+            // Of duplicates: connections that wait in a socket outlive a start that fails.
+            self.sockets = duplicates(&sockets)?;
+            match self.start_workers() {
+                Err(StartError::Ring { worker, source: source @ SetupError::Memory { .. } }) => {
+                    let chosen = self.stats.chosen();
+                    let Some(next) = next_best(self.config.engine, chosen) else {
+                        return Err(StartError::Ring { worker, source });
+                    };
+                    tracing::warn!(
+                        engine = chosen.engine.name(), worker, why = %source,
+                        next = next.engine.name(), reason = next.reason.label(),
+                        "not every worker gets this engine; all take the next"
+                    );
+                    *self.stats.engine.lock().unwrap_or_else(PoisonError::into_inner) = next;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn start_workers(&mut self) -> Result<Dataplane, StartError> {
         let bells = (0..self.workers)
             .map(|_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK))
             .collect::<Result<Vec<_>, _>>()
@@ -277,7 +302,7 @@ impl Bound {
             addresses: self.addresses.clone(),
             stats: Arc::clone(&self.stats),
         };
-        let (clock, engine) = (self.clock, self.stats.engine.engine);
+        let (clock, engine) = (self.clock, self.stats.chosen().engine);
         self.tell_of_tables(&shared);
         for worker in 0..self.workers {
             let setup = self.worker_setup(worker, clock, &shared, logs.pop());
@@ -438,6 +463,10 @@ impl Dataplane {
         let _ = self.join();
         error
     }
+}
+
+fn duplicates(sockets: &[Vec<OwnedFd>]) -> io::Result<Vec<Vec<OwnedFd>>> {
+    sockets.iter().map(|sockets| sockets.iter().map(OwnedFd::try_clone).collect()).collect()
 }
 
 /// A worker's thread: starts it, says how that went, and works until it is told to end.

@@ -1,8 +1,8 @@
 //! Counters: plain ones for each worker, summed when somebody looks.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use allocation::telemetry::{
     CONNECT_SECONDS, Counter, DataplaneView, EngineSnapshot, FLOW_SECONDS, Histogram, ListenerSnapshot,
@@ -177,7 +177,8 @@ impl WorkerStats {
 pub(crate) struct Stats {
     pub(crate) listeners: Vec<(SocketAddr, PoolName)>,
     pub(crate) workers: Vec<Arc<WorkerStats>>,
-    pub(crate) engine: Chosen,
+    /// It changes only while workers are being started.
+    pub(crate) engine: Mutex<Chosen>,
     /// Bytes of one receive buffer, once the workers run.
     pub(crate) buffer_bytes: AtomicU64,
     /// One for each pool.
@@ -186,6 +187,11 @@ pub(crate) struct Stats {
 }
 
 impl Stats {
+    /// The engine that the workers have.
+    pub(crate) fn chosen(&self) -> Chosen {
+        *self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn sum(&self, read: impl Fn(&WorkerStats) -> u64) -> u64 {
         self.workers.iter().map(|worker| read(worker)).sum()
     }
@@ -232,9 +238,10 @@ impl DataplaneView for Stats {
     }
 
     fn engine(&self) -> EngineSnapshot {
+        let chosen = self.chosen();
         EngineSnapshot {
-            engine: self.engine.engine.name(),
-            reason: self.engine.reason.label(),
+            engine: chosen.engine.name(),
+            reason: chosen.reason.label(),
             workers: self.workers.len(),
             buffers: self.sum(|w| w.buffers.read()),
             buffers_in_use: self.sum(|w| w.buffers_in_use.read()),

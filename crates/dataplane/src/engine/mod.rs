@@ -10,6 +10,8 @@ pub(crate) use tokio_uring::TokioUring;
 
 use crate::run::StartError;
 
+#[cfg(test)]
+mod contract;
 mod epoll;
 mod probe;
 mod readiness;
@@ -128,6 +130,17 @@ pub(crate) fn choose(named: Option<Engine>) -> Result<Chosen, StartError> {
     Ok(chosen)
 }
 
+/// The best that works of those behind the one for which there is no memory; `None`: it was named, or is the last.
+pub(crate) fn next_best(named: Option<Engine>, without_memory: Chosen) -> Option<Chosen> {
+    let reason = match without_memory.reason {
+        Reason::Probed => Reason::UringMemory,
+        earlier => earlier,
+    };
+    let behind = Engine::ALL.into_iter().skip_while(|engine| *engine != without_memory.engine).skip(1);
+    let next = behind.into_iter().find(|engine| engine.probe().is_ok());
+    next.filter(|_| named.is_none()).map(|engine| Chosen { engine, reason })
+}
+
 fn best() -> Result<Chosen, StartError> {
     let mut reason = Reason::Probed;
     let mut last = None;
@@ -156,6 +169,12 @@ mod tests {
         for engine in Engine::ALL {
             engine.probe().unwrap_or_else(|error| panic!("{engine}: {error}"));
         }
-        assert_eq!(best().unwrap(), Chosen { engine: Engine::Uring, reason: Reason::Probed });
+        let best = best().unwrap();
+        assert_eq!(best, Chosen { engine: Engine::Uring, reason: Reason::Probed });
+        let second = next_best(None, best).unwrap();
+        assert_eq!(second, Chosen { engine: Engine::TokioUring, reason: Reason::UringMemory });
+        assert_eq!(next_best(None, second), Some(Chosen { engine: Engine::Epoll, ..second }));
+        assert_eq!(next_best(None, Chosen { engine: Engine::Epoll, ..second }), None);
+        assert_eq!(next_best(Some(Engine::Uring), best), None, "it was named");
     }
 }
