@@ -162,17 +162,18 @@ fn a_send_goes_out_whole_however_slowly_it_is_read<I: Io>() {
     let received = bench.next(Op::RecvClient);
     let (buffer, length) = (received.buffer.unwrap(), received.result as u32);
     let mut sent = 0;
-    // Until the kernel takes no more.
+    // Until the kernel takes no more, which is soon.
+    sockopt::set_socket_send_buffer_size(&ours, 16 * 1_024).unwrap();
+    sockopt::set_socket_recv_buffer_size(&peer, 16 * 1_024).unwrap();
     loop {
         bench.io.send(ours.as_fd(), buffer, 0, length, token(Op::SendClient)).unwrap();
-        for _ in 0..5 {
-            bench.turn();
-        }
+        bench.turn();
         match bench.find(Op::SendClient) {
             Some(done) => sent += done.result as usize,
             None => break,
         }
     }
+    bench.nothing(Op::SendClient);
     let reader = std::thread::spawn(move || {
         let mut all = Vec::new();
         peer.read_to_end(&mut all).unwrap();
@@ -225,6 +226,23 @@ fn without_a_buffer_a_receive_says_so_and_loses_nothing<I: Io>() {
     assert_eq!((ended.result, ended.more), (0, false));
 }
 
+fn more_operations_than_fit_in_a_queue_all_complete<I: Io>() {
+    let mut bench = Bench::<I>::new();
+    let pairs: Vec<_> = (0..100).map(|_| pair()).collect();
+    for (slot, (ours, _)) in (0..).zip(&pairs) {
+        bench.io.poll_readable(ours.as_fd(), Token::new(Op::ReadableClient, slot, 1)).unwrap();
+        bench.io.poll_writable(ours.as_fd(), Token::new(Op::WritableClient, slot, 1)).unwrap();
+    }
+    let mut writable: Vec<_> = pairs.iter().map(|_| bench.next(Op::WritableClient).token.slot).collect();
+    writable.sort_unstable();
+    assert_eq!(writable, (0..100).collect::<Vec<_>>());
+    bench.nothing(Op::ReadableClient);
+    pairs.iter().for_each(|(_, peer)| { peer }.write_all(b"x").unwrap());
+    for _ in &pairs {
+        assert!(bench.next(Op::ReadableClient).result > 0);
+    }
+}
+
 macro_rules! contract {
     ($($engine:ident: $type:ty),*) => {
         $(mod $engine {
@@ -234,6 +252,7 @@ macro_rules! contract {
                 closing_after_a_cancel_reaches_the_peer,
                 a_send_goes_out_whole_however_slowly_it_is_read,
                 polls_look_at_what_is_there,
+                more_operations_than_fit_in_a_queue_all_complete,
                 without_a_buffer_a_receive_says_so_and_loses_nothing
             );
         })*

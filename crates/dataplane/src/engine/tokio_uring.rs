@@ -63,6 +63,10 @@ struct State {
     files: HashMap<RawFd, Busy, BuildHasherDefault<Mix>>,
     pool: BufferPool,
     done: Vec<Completion>,
+    /// Operations submitted to the ring's queue, how many of them the kernel has for sure, and how many fit.
+    submitted: u64,
+    handed_over: u64,
+    queue_size: u64,
     enters: u64,
 }
 
@@ -79,6 +83,8 @@ struct Operation {
     file: Option<Lent>,
     kind: Kind,
     cancelled: bool,
+    /// Which submission it was, counted from 1.
+    number: u64,
     /// It is in the kernel.
     flight: Option<InFlightOneshot<Option<Memory>, Plain>>,
 }
@@ -174,7 +180,14 @@ impl Woken {
 impl State {
     fn queue(&mut self, token: Token, file: BorrowedFd<'_>, kind: Kind) {
         let file = Some(Lent::new(file));
-        let slot = self.occupy(Operation { token: Some(token), file, kind, cancelled: false, flight: None });
+        let slot = self.occupy(Operation {
+            token: Some(token),
+            file,
+            kind,
+            cancelled: false,
+            number: 0,
+            flight: None,
+        });
         self.places.insert(token, slot);
         self.queued.push_back(slot);
     }
@@ -198,11 +211,13 @@ impl State {
     async fn turn(&mut self, limit: Option<Duration>) {
         self.provide();
         self.submit_queued();
-        let sleep = limit.map(tokio::time::sleep);
+        // The kernel gets nothing before the thread sleeps, which it does not while completions are there.
+        let full = self.room() == 0;
+        let sleep = if full { Some(HAND_OVER) } else { limit }.map(tokio::time::sleep);
         let mut sleep = std::pin::pin!(sleep);
         poll_fn(|context| {
             self.reap(context.waker());
-            if !self.done.is_empty() {
+            if !self.done.is_empty() && !full {
                 return Poll::Ready(());
             }
             match sleep.as_mut().as_pin_mut() {
@@ -211,6 +226,15 @@ impl State {
             }
         })
         .await;
+        if full {
+            self.handed_over = self.submitted;
+        }
+    }
+
+    /// Operations that still fit into the ring's queue. Beyond it, `tokio-uring` would hand over at once, and panic where the
+    /// kernel has no memory for them at that moment.
+    fn room(&self) -> u64 {
+        self.queue_size.saturating_sub(self.submitted - self.handed_over)
     }
 
     // --- Submitting -------------------------------------------------------------------------------------------------
@@ -218,9 +242,20 @@ impl State {
     /// Gives the kernel the buffers that came back, before the receives that may need them.
     fn provide(&mut self) {
         for group in [Group::Shared, Group::First] {
-            while let Some((described, first, count)) = oneshot::provide(&mut self.pool, group) {
+            while self.room() > 0
+                && let Some((described, first, count)) = oneshot::provide(&mut self.pool, group)
+            {
                 let (kind, flight) = (Kind::Provide { first, count }, Some(submit(described)));
-                let slot = self.occupy(Operation { token: None, file: None, kind, cancelled: false, flight });
+                self.submitted += 1;
+                let number = self.submitted;
+                let slot = self.occupy(Operation {
+                    token: None,
+                    file: None,
+                    kind,
+                    cancelled: false,
+                    number,
+                    flight,
+                });
                 self.woken.lock().slots.push(slot);
             }
         }
@@ -229,6 +264,9 @@ impl State {
     fn submit_queued(&mut self) {
         // Those that complete at once are queued again behind these.
         for _ in 0..self.queued.len() {
+            if self.room() == 0 {
+                break; // They are submitted at the next turn.
+            }
             let Some(slot) = self.queued.pop_front() else { break };
             self.submit(slot);
         }
@@ -249,6 +287,8 @@ impl State {
             Kind::Provide { .. } => return, // It is submitted as it is made.
         };
         self.files.entry(file.as_raw_fd()).or_default().operations += 1;
+        self.submitted += 1;
+        operation.number = self.submitted;
         operation.flight = Some(submit(described));
         // Its first poll tells it whom to wake.
         self.woken.lock().slots.push(slot);
@@ -276,9 +316,11 @@ impl State {
 
     /// An operation has left the kernel.
     fn landed(&mut self, slot: u32, outcome: &Outcome) {
-        let Self { slots, pool, done, .. } = self;
+        let Self { slots, pool, done, handed_over, .. } = self;
         let Some(operation) = &mut slots[slot as usize].operation else { return };
         operation.flight = None;
+        // All that was submitted before it went with it.
+        *handed_over = operation.number.max(*handed_over);
         let fd = operation.file.as_ref().map(|file| file.as_fd().as_raw_fd());
         let result = outcome.result();
         let buffer = oneshot::buffer_of(outcome).filter(|buffer| pool.take(*buffer));
@@ -383,6 +425,9 @@ impl Io for TokioUring {
             files: HashMap::default(),
             pool,
             done: Vec::new(),
+            submitted: 0,
+            handed_over: 0,
+            queue_size: u64::from(setup.submissions),
             enters: 0,
         };
         Ok(Self { runtime, state })
