@@ -11,7 +11,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 
 use super::client::SMALL_BYTES;
-use super::order::{Fault, Manner, Order, receive, receive_end, receive_until_reset, reset, send};
+use super::order::{Fault, Manner, Order, broken, receive, receive_end, receive_until_reset, reset, send};
 
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 8_192;
@@ -154,7 +154,9 @@ impl Backend {
 
     fn start_with(place: Place, ledger: Arc<Ledger>) -> Self {
         let (mood, moods) = watch::channel(Mood::Serve);
-        tokio::spawn(live(place, moods, ledger));
+        // Before anybody can know of it.
+        let listener = place.listen(BACKLOG);
+        tokio::spawn(live(place, listener, moods, ledger));
         Self { address: place.address, mood }
     }
 
@@ -176,24 +178,36 @@ struct Place {
 }
 
 impl Place {
-    fn listen(self, backlog: u32) -> io::Result<TcpListener> {
-        let socket = if self.address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        socket.set_reuseaddr(true)?;
-        if let Some(bytes) = self.buffer_bytes {
-            socket.set_recv_buffer_size(bytes)?;
-            socket.set_send_buffer_size(bytes)?;
-        }
-        socket.bind(self.address)?;
-        socket.listen(backlog)
+    /// Listens.
+    ///
+    /// # Panics
+    /// When it cannot: the address is one that nobody else uses.
+    fn listen(self, backlog: u32) -> TcpListener {
+        let Self { address, buffer_bytes } = self;
+        let listen = || {
+            let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+            socket.set_reuseaddr(true)?;
+            if let Some(bytes) = buffer_bytes {
+                socket.set_recv_buffer_size(bytes)?;
+                socket.set_send_buffer_size(bytes)?;
+            }
+            socket.bind(address)?;
+            socket.listen(backlog)
+        };
+        listen().unwrap_or_else(|error: io::Error| panic!("a backend at {address}: {error}"))
     }
 }
 
 /// Until nobody holds the backend any more.
-async fn live(place: Place, mut moods: watch::Receiver<Mood>, ledger: Arc<Ledger>) {
+async fn live(place: Place, first: TcpListener, mut moods: watch::Receiver<Mood>, ledger: Arc<Ledger>) {
+    let mut listener = Some(first);
     loop {
         let mood = *moods.borrow_and_update();
         let changed = match mood {
-            Mood::Serve | Mood::Reset => accept(place, mood, &mut moods, &ledger).await,
+            Mood::Serve | Mood::Reset => {
+                let listener = listener.take().unwrap_or_else(|| place.listen(BACKLOG));
+                accept(&listener, mood, &mut moods, &ledger).await
+            }
             Mood::Refuse | Mood::Crash => moods.changed().await.is_ok(),
             Mood::Vanish => vanish(place, &mut moods).await,
         };
@@ -204,9 +218,12 @@ async fn live(place: Place, mut moods: watch::Receiver<Mood>, ledger: Arc<Ledger
 }
 
 /// Accepts for as long as it is in this mood; `false`: the soak is over.
-async fn accept(place: Place, mood: Mood, moods: &mut watch::Receiver<Mood>, ledger: &Arc<Ledger>) -> bool {
-    let Place { address, .. } = place;
-    let listener = place.listen(BACKLOG).unwrap_or_else(|error| panic!("a backend at {address}: {error}"));
+async fn accept(
+    listener: &TcpListener,
+    mood: Mood,
+    moods: &mut watch::Receiver<Mood>,
+    ledger: &Arc<Ledger>,
+) -> bool {
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
@@ -216,7 +233,7 @@ async fn accept(place: Place, mood: Mood, moods: &mut watch::Receiver<Mood>, led
                 }
                 // Reset while it waited.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                Err(error) => panic!("a backend at {address} cannot accept: {error}"),
+                Err(error) => panic!("a backend cannot accept: {error}"),
             },
             changed = moods.changed() => return changed.is_ok(),
         }
@@ -226,7 +243,7 @@ async fn accept(place: Place, mood: Mood, moods: &mut watch::Receiver<Mood>, led
 /// Its queue of connections to accept has one place, and that is taken: the kernel drops every SYN.
 async fn vanish(place: Place, moods: &mut watch::Receiver<Mood>) -> bool {
     let Place { address, .. } = place;
-    let _listener = place.listen(0).unwrap_or_else(|error| panic!("a backend at {address}: {error}"));
+    let _listener = place.listen(0);
     let _parked = TcpStream::connect(address).await;
     moods.changed().await.is_ok()
 }
@@ -324,8 +341,10 @@ async fn serve(stream: &TcpStream, order: &Order) -> Result<(), Fault> {
             if matches!(&received, Err(Fault::Wrong { .. })) {
                 return received;
             }
-            // However it ends: this side does not end it.
-            let _ = receive_until_reset(stream, up, order.up, order.pace).await;
+            // However it ends: this side does not end it, and a FIN is no end.
+            if receive_until_reset(stream, up, order.up, order.pace).await.is_err() {
+                broken(stream).await;
+            }
             Ok(())
         }
     }

@@ -29,17 +29,17 @@ const DESCRIPTORS_LEFT: u64 = 200;
 const PORTS: &str = "40000 40199";
 /// As the kernel has it otherwise.
 const PORTS_USUAL: &str = "32768 60999";
-/// One address has as many ports as there are; clients have more addresses than that.
+/// Where clients come from.
 const CLIENT_ADDRESSES: u64 = 16;
+const CLIENT_PORTS: std::ops::Range<u16> = 10_000..30_000;
 /// Clients that come while nothing is left, one after the other.
 const ATTEMPT_EVERY: Duration = Duration::from_millis(50);
 /// Of a processor, while nothing is left: a loop that tried again and again would use all of it.
 const BUSY_MAX: f64 = 15.0;
 /// Until somebody new is served.
 const RECOVERY: Duration = Duration::from_secs(1);
-/// Ports of connections that ended in good order are given again by the kernel after a second (`tcp_tw_reuse`), and
-/// counts it by whole ones.
-const TIME_WAIT: Duration = Duration::from_secs(2);
+/// Ports of connections that ended in good order are given again by the kernel after a second (`tcp_tw_reuse`).
+const TIME_WAIT: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What runs out.
@@ -207,12 +207,14 @@ fn lower_descriptors(pid: u32) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// From an address of its own, so that clients do not run out of ports as well.
+/// From ports that are none of those that get scarce.
 async fn connect(target: SocketAddr, id: u64) -> Result<TcpStream, Fault> {
     let connecting = async {
         let socket = TcpSocket::new_v4()?;
+        socket.set_reuseaddr(true)?;
         let host = (id % CLIENT_ADDRESSES) as u8 + 1;
-        socket.bind(SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, 7, 0, host)), 0))?;
+        let port = CLIENT_PORTS.start + (id / CLIENT_ADDRESSES % CLIENT_PORTS.len() as u64) as u16;
+        socket.bind(SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, 7, 0, host)), port))?;
         socket.connect(target).await
     };
     connecting.await.map_err(Fault::Connect)
@@ -221,7 +223,7 @@ async fn connect(target: SocketAddr, id: u64) -> Result<TcpStream, Fault> {
 /// A client that comes, says what it wants, and stays.
 async fn hold(target: SocketAddr, id: u64) -> Result<TcpStream, Fault> {
     let stream = connect(target, id).await?;
-    let order = Order { id, manner: Manner::Hold, up: 0, down: 0, rounds: 1, pace: Pace::FREE };
+    let order = Order { id, manner: Manner::AnswerAfterFin, up: 0, down: 0, rounds: 1, pace: Pace::FREE };
     client::begin(&stream, &order).await?;
     Ok(stream)
 }

@@ -6,14 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use hdrhistogram::Histogram;
 use tokio::io::AsyncReadExt as _;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::backend::{Backend, Ledger, fin};
 use super::client::{self, Behaviour};
-use super::order::{Fault, Manner, Order, Pace};
+use super::order::{Fault, Manner, Order, Pace, broken};
 use super::subject::{self, Subject};
 use super::verdict::Report;
 use super::{SoakArguments, runtime};
@@ -83,11 +82,10 @@ pub(super) fn run(arguments: &SoakArguments, say: &mut dyn FnMut(&str)) -> anyho
     let mut count = 0;
     for (kind, ends) in Kind::ALL.into_iter().zip(ends) {
         let name = kind.name();
-        let mut lived = Histogram::<u64>::new(3).expect("3 digits");
-        ends.lived.iter().for_each(|millis| lived.saturating_record(*millis));
         count += ends.lived.len();
-        report.figure(format!("{name}: flows that were ended"), lived.len() as f64);
-        let (least, most) = (lived.min() as f64 / 1e3, lived.max() as f64 / 1e3);
+        report.figure(format!("{name}: flows that were ended"), ends.lived.len() as f64);
+        let seconds = |millis: Option<&u64>| millis.map_or(f64::NAN, |millis| *millis as f64 / 1e3);
+        let (least, most) = (seconds(ends.lived.iter().min()), seconds(ends.lived.iter().max()));
         report.at_least(&format!("{name}: the first was ended after"), least, IDLE.as_secs_f64() - 0.1, "s");
         report.at_most(&format!("{name}: the last was ended after"), most, (IDLE + LATE).as_secs_f64(), "s");
         report.equal(&format!("{name}: flows that ended otherwise"), ends.faults.len(), 0);
@@ -178,9 +176,4 @@ async fn one(kind: Kind, target: SocketAddr, id: u64) -> Result<Duration, Fault>
     };
     timeout(patience, over).await.map_err(|_| Fault::TooLong)?;
     Ok(began.elapsed())
-}
-
-/// After a FIN, nothing more can be read: that the other side has gone shows in the socket's state.
-async fn broken(stream: &tokio::net::TcpStream) {
-    while !matches!(stream.ready(tokio::io::Interest::ERROR).await, Ok(ready) if ready.is_error()) {}
 }

@@ -27,9 +27,10 @@ const IDLE_FLOWS: usize = 100;
 const IN_FLIGHT_MAX: usize = 1_000;
 /// Before memory is compared, of all the time.
 const WARM_UP: f64 = 0.25;
-/// Memory may grow so much in an hour.
+/// Memory may grow so much in an hour, or in all of a run that is not [`LONG`].
 const GROWTH_PER_HOUR: f64 = 0.02;
 const GROWTH_BYTES: f64 = MEBI;
+const LONG: Duration = Duration::from_secs(1_800);
 const MEBI: f64 = 1_048_576.0;
 /// How long flows may take to end when no new ones come.
 const END_PATIENCE: Duration = Duration::from_secs(90);
@@ -50,7 +51,6 @@ pub(super) fn run(arguments: &SoakArguments, say: &mut dyn FnMut(&str)) -> anyho
     let backends: Vec<Backend> = (0..BACKENDS).map(start_backend).collect();
     let addresses: Vec<_> = backends.iter().map(Backend::address).collect();
     let config = subject::config(&arguments.engine, arguments.workers, DATAPLANE);
-    // Backends live on this runtime: while it is not driven they listen at best, and nobody needs more.
     let mut subject = Subject::start(config, &addresses);
     let at_rest = subject.rest();
     say(&format!("trimtab runs as process {} at {}", subject.pid(), subject.listener()));
@@ -62,13 +62,14 @@ pub(super) fn run(arguments: &SoakArguments, say: &mut dyn FnMut(&str)) -> anyho
     let traffic = Traffic::new(&subject, &ledger, arguments);
     let unfinished = runtime.block_on(traffic.run(&backends, length));
     let mut samples = watch.end();
+    samples.retain(|sample| sample.at_seconds <= length.as_secs_f64());
     report.took(began.elapsed().as_secs_f64());
     let used = subject::cpu_time(std::process::id()).saturating_sub(own_cpu);
     report.figure("load generator, part of a processor", used.as_secs_f64() / began.elapsed().as_secs_f64());
 
     judge_traffic(&mut report, &ledger.tally(), &traffic, unfinished);
     let ended = subject.judge_rest(&mut report, at_rest);
-    judge_memory(&mut report, &samples, &ended);
+    judge_memory(&mut report, length, &samples, &ended);
     samples.push(ended);
     report.samples(samples);
     Ok(report)
@@ -100,15 +101,17 @@ fn judge_traffic(report: &mut Report, tally: &Tally, traffic: &Traffic, unfinish
     report.faults(tally.faults.clone());
 }
 
-fn judge_memory(report: &mut Report, samples: &[Sample], ended: &Sample) {
+fn judge_memory(report: &mut Report, length: Duration, samples: &[Sample], ended: &Sample) {
     let warm_up = (samples.len() as f64 * WARM_UP) as usize;
     // What the history of utilization holds grows until its retention, whatever the traffic.
-    let bytes = |sample: &Sample| sample.pss_bytes.saturating_sub(sample.history_bytes) as f64;
+    let bytes = |sample: &Sample| sample.private_bytes.saturating_sub(sample.history_bytes) as f64;
     let series: Vec<(f64, f64)> =
         samples[warm_up..].iter().map(|sample| (sample.at_seconds, bytes(sample))).collect();
     if let Some(trend) = Trend::of(&series) {
         let level = median(series.iter().map(|(_, bytes)| *bytes).collect());
-        let limit = (GROWTH_PER_HOUR * level).max(GROWTH_BYTES);
+        // A short run is not a part of an hour: what is touched once is touched at its beginning.
+        let hours = if length < LONG { length.as_secs_f64() / 3_600.0 } else { 1.0 };
+        let limit = (GROWTH_PER_HOUR * level).max(GROWTH_BYTES) / hours;
         report.check(
             "memory's slope after a quarter of the time (Theil-Sen, 95 % interval)",
             format!(
@@ -224,11 +227,11 @@ impl Traffic {
         async move {
             for id in first_id.. {
                 let left = end.saturating_duration_since(tokio::time::Instant::now());
-                let pause = Duration::from_secs_f64(random.between(1.0, 20.0)).min(left);
                 if left.is_zero() {
                     return;
                 }
                 let rounds = 1 + random.below(6) as u32;
+                let pause = Duration::from_secs_f64(random.between(1.0, 20.0)).min(left / rounds);
                 let order = Order { id, manner: Manner::Exchange, up: 1, down: 1, rounds, pace: Pace::FREE };
                 let patience = pause * rounds + Behaviour::PLAIN.patience;
                 let behaviour = Behaviour { pause, patience, ..Behaviour::PLAIN };

@@ -115,7 +115,9 @@ pub fn run(arguments: &SoakArguments, say: &mut dyn FnMut(&str)) -> anyhow::Resu
     report.map(|report| Outcome::Report(Box::new(report)))
 }
 
-/// For clients and backends: one thread, as the load must cost less than what is tested.
+/// For clients and backends: one thread, as the load must cost less than what is tested; and one of its own, as backends must
+/// go on while this one judges.
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().context("an event loop")
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(1).enable_all().build().context("an event loop")
 }

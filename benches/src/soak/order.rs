@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use e2e::{fill_block, first_wrong};
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 /// What happens on a connection. The client writes it as its first bytes.
@@ -253,6 +254,11 @@ async fn look(stream: &TcpStream, seed: u64, at: u64, most: u64) -> Result<u64, 
             Err(error) => return Err(Fault::Broke { at, error }),
         }
     }
+}
+
+/// Waits until the other side has reset the connection. After its FIN nothing more can be read: the socket's state shows it.
+pub(super) async fn broken(stream: &TcpStream) {
+    while !matches!(stream.ready(Interest::ERROR).await, Ok(ready) if ready.is_error()) {}
 }
 
 /// Closes with RST instead of FIN.

@@ -31,6 +31,8 @@ pub(super) struct Sample {
     pub(super) at_seconds: f64,
     pub(super) rss_bytes: u64,
     pub(super) pss_bytes: u64,
+    /// Written to and not shared: what grows when something leaks.
+    pub(super) private_bytes: u64,
     pub(super) sockets: usize,
     pub(super) pipes: usize,
     pub(super) other_descriptors: usize,
@@ -183,6 +185,7 @@ impl Looker {
             at_seconds: self.began.elapsed().as_secs_f64(),
             rss_bytes: memory.rss,
             pss_bytes: memory.pss,
+            private_bytes: memory.private_dirty,
             sockets: opened.sockets,
             pipes: opened.pipes,
             other_descriptors: opened.others,

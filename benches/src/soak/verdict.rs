@@ -106,9 +106,9 @@ impl Report {
         if !self.samples.is_empty() {
             writeln!(
                 text,
-                "| s | RSS MiB | PSS MiB | sockets | pipes | others | threads | iou-wrk | buffers in use / made | flows | overflows | processor |"
+                "| s | RSS MiB | PSS MiB | private MiB | sockets | pipes | others | threads | iou-wrk | buffers in use / made | flows | overflows | processor |"
             )?;
-            writeln!(text, "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")?;
+            writeln!(text, "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")?;
             let step = self.samples.len().div_ceil(ROWS_MAX).max(1);
             for sample in self.samples.iter().step_by(step) {
                 sample.row(text)?;
@@ -137,10 +137,11 @@ impl Sample {
     fn row(&self, text: &mut String) -> fmt::Result {
         writeln!(
             text,
-            "| {:.0} | {:.2} | {:.2} | {} | {} | {} | {} | {} | {} / {} | {} | {} | {:.0} % |",
+            "| {:.0} | {:.2} | {:.2} | {:.2} | {} | {} | {} | {} | {} | {} / {} | {} | {} | {:.0} % |",
             self.at_seconds,
             self.rss_bytes as f64 / MEBI,
             self.pss_bytes as f64 / MEBI,
+            self.private_bytes as f64 / MEBI,
             self.sockets,
             self.pipes,
             self.other_descriptors,

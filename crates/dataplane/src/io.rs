@@ -41,7 +41,8 @@ pub(crate) trait Io: Sized {
     /// Receives once, into one buffer of the group; without one when bytes come, `ENOBUFS`.
     fn recv_once(&mut self, socket: BorrowedFd<'_>, group: Group, token: Token) -> Result<(), EnterError>;
 
-    /// Sends a part of a held buffer, all of it unless an error stops it halfway.
+    /// Sends a part of a held buffer, as much of it as there is room for; `EAGAIN` where there is none. (An engine may as well
+    /// wait for room and send all of it.)
     fn send(
         &mut self,
         socket: BorrowedFd<'_>,
@@ -78,8 +79,15 @@ pub(crate) trait Io: Sized {
     /// One completion when there is something to read, the end of the stream, or an error.
     fn poll_readable(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError>;
 
-    /// One completion when there is room to write, or an error.
+    /// One completion when there is room to write, or an error; or at once with `POLLRDHUP` alone, where an engine cannot
+    /// wait for one without the other: then [`Self::poll_room`] waits.
     fn poll_writable(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError>;
+
+    /// As [`Self::poll_writable`], for a socket whose peer has sent its FIN. It may complete more than once, also in vain,
+    /// until it is cancelled.
+    fn poll_room(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.poll_writable(file, token)
+    }
 
     /// Cancels what was submitted with `target`. That still completes, with `ECANCELED` or as if never cancelled.
     fn cancel(&mut self, target: Token) -> Result<(), EnterError>;
@@ -185,6 +193,10 @@ impl Io for Ring {
 
     fn poll_writable(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
         self.poll_writable(file, token)
+    }
+
+    fn poll_room(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.poll_room(file, token)
     }
 
     fn cancel(&mut self, target: Token) -> Result<(), EnterError> {

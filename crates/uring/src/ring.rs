@@ -255,8 +255,11 @@ impl Ring {
         self.push(&recv, token)
     }
 
-    /// Sends a part of a held buffer, all of it unless an error stops it halfway. The buffer must stay held until the
-    /// completion.
+    /// Sends a part of a held buffer, as much of it as there is room for; `EAGAIN` where there is none. The buffer must stay
+    /// held until the completion.
+    ///
+    /// It does not wait for room: the kernel would wait as [`Self::poll_writable`] does, be woken again and again by a FIN that
+    /// the peer sent long ago, and after 128 times hand the operation to a thread of its own.
     ///
     /// # Panics
     /// If the buffer is not held.
@@ -269,7 +272,7 @@ impl Ring {
         token: Token,
     ) -> Result<(), EnterError> {
         let address = self.pool.held_bytes(buffer, start, length);
-        let flags = libc::MSG_WAITALL | libc::MSG_NOSIGNAL;
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         self.push(&opcode::Send::new(fd(socket), address, length).flags(flags).build(), token)
     }
 
@@ -336,9 +339,16 @@ impl Ring {
         self.poll(file, libc::POLLIN | libc::POLLRDHUP, token)
     }
 
-    /// One completion when there is room to write, or an error.
+    /// One completion when there is room to write, an error, or the peer's FIN: the kernel adds `POLLRDHUP` to what is waited
+    /// for (`IO_POLL_UNMASK` in io_uring/poll.c), and a FIN that has come stays. See [`Self::poll_room`].
     pub fn poll_writable(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
         self.poll(file, libc::POLLOUT, token)
+    }
+
+    /// As [`Self::poll_writable`] where the peer has sent its FIN: completions whenever something changes, until cancelled. The
+    /// first says how it is now.
+    pub fn poll_room(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.push(&opcode::PollAdd::new(fd(file), libc::POLLOUT as u32).multi(true).build(), token)
     }
 
     fn poll(&mut self, file: BorrowedFd<'_>, events: libc::c_short, token: Token) -> Result<(), EnterError> {

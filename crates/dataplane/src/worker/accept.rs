@@ -76,6 +76,7 @@ impl<I: Io> Worker<I> {
             listener: listener as u16,
             target: 0,
             in_flight: 0,
+            awaits_room: [false; 2],
             answered: false,
             nodelay: Nodelay::NothingSent,
             settled: false,

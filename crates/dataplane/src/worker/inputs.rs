@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use allocation::ConnectFailure;
 use flow::{BufferId, Chunk, Input, RecvEnd, Side};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use uring::{Completion, EnterError, Group};
 
 use super::connect::local_failure;
 use super::slot::Syn;
-use super::{MOVED_AT_MOST, Worker};
+use super::{MOVED_AT_MOST, Worker, bit, writable_op};
 use crate::io::Io;
 use crate::stats::Shed;
 
@@ -65,12 +66,59 @@ impl<I: Io> Worker<I> {
         }
     }
 
-    pub(super) fn send_input(&mut self, index: u32, to: Side, result: i32) -> Option<Input> {
+    pub(super) fn send_input(
+        &mut self,
+        index: u32,
+        to: Side,
+        result: i32,
+    ) -> Result<Option<Input>, EnterError> {
+        if result == -Errno::AGAIN.raw_os_error() && self.await_room(index, to)? {
+            return Ok(None);
+        }
         if result <= 0 {
-            return Some(Input::SendFailed { to });
+            return Ok(Some(Input::SendFailed { to }));
         }
         self.count_bytes(index, to, result as u64);
-        Some(Input::Sent { to, bytes: result as u32 })
+        Ok(Some(Input::Sent { to, bytes: result as u32 }))
+    }
+
+    /// Waits for room for what is being sent; the flow need not know. `false`: it is closed, and nothing is waited for.
+    fn await_room(&mut self, index: u32, to: Side) -> Result<bool, EnterError> {
+        let Some(slot) = self.flows.get_mut(index).filter(|slot| !slot.flow.is_closed()) else {
+            return Ok(false);
+        };
+        slot.awaits_room[to as usize] = true;
+        if slot.in_flight & bit(writable_op(to)) == 0 {
+            self.submit(index, to, writable_op(to), I::poll_writable)?;
+        }
+        Ok(true)
+    }
+
+    pub(super) fn writable_input(
+        &mut self,
+        index: u32,
+        to: Side,
+        completion: &Completion,
+    ) -> Result<Option<Input>, EnterError> {
+        let Some(slot) = self.flows.get_mut(index) else { return Ok(None) };
+        let closed = slot.flow.is_closed();
+        if !closed && is_fin_alone(completion.result) {
+            if !completion.more {
+                self.submit(index, to, writable_op(to), I::poll_room)?;
+            }
+            return Ok(None);
+        }
+        if completion.more {
+            if !closed {
+                // Its last completion says it, and nothing is left in flight then.
+                let token = self.token(writable_op(to), index);
+                self.ring.cancel(token)?;
+            }
+            return Ok(None);
+        }
+        let sends = std::mem::take(&mut slot.awaits_room[to as usize]);
+        // However a poll ends, what follows finds out what is the matter: the rest is sent again, or spliced.
+        Ok(Some(if sends { Input::Sent { to, bytes: 0 } } else { Input::Writable { to } }))
     }
 
     pub(super) fn count_bytes(&mut self, index: u32, to: Side, bytes: u64) {
@@ -137,4 +185,11 @@ impl<I: Io> Worker<I> {
             slot.tried.push(Arc::clone(open.live()));
         }
     }
+}
+
+/// Whether a poll for room found none, and ended because the peer's FIN has come.
+fn is_fin_alone(result: i32) -> bool {
+    let Ok(events) = u16::try_from(result) else { return false };
+    let events = PollFlags::from_bits_retain(events);
+    events.contains(PollFlags::RDHUP) && !events.intersects(PollFlags::OUT | PollFlags::ERR | PollFlags::HUP)
 }

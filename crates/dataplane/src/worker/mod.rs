@@ -298,18 +298,18 @@ impl<I: Io> Worker<I> {
             Op::Connect => self.connect_input(index, completion.result)?,
             Op::RecvClient => self.recv_input(index, Side::Client, completion),
             Op::RecvBackend => self.recv_input(index, Side::Backend, completion),
-            Op::SendClient => self.send_input(index, Side::Client, completion.result),
+            Op::SendClient => self.send_input(index, Side::Client, completion.result)?,
             Op::SendBackend => {
                 if slot.syn != Syn::Plain {
                     self.syn_is_sent(index)?;
                 }
-                self.send_input(index, Side::Backend, completion.result)
+                self.send_input(index, Side::Backend, completion.result)?
             }
             // However a poll ends, the splice that follows finds out what is the matter.
             Op::ReadableClient => Some(Input::Readable { from: Side::Client }),
             Op::ReadableBackend => Some(Input::Readable { from: Side::Backend }),
-            Op::WritableClient => Some(Input::Writable { to: Side::Client }),
-            Op::WritableBackend => Some(Input::Writable { to: Side::Backend }),
+            Op::WritableClient => self.writable_input(index, Side::Client, completion)?,
+            Op::WritableBackend => self.writable_input(index, Side::Backend, completion)?,
             Op::Accept
             | Op::Wake
             | Op::Cancel

@@ -60,6 +60,8 @@ pub(super) struct FlowSlot {
     pub(super) target: u16,
     /// Submissions whose last completion has not come: a bit for each operation, of which there is one at most.
     pub(super) in_flight: u16,
+    /// By target: what is being sent found no room, and is sent again when there is.
+    pub(super) awaits_room: [bool; 2],
     /// The backend has sent a byte.
     pub(super) answered: bool,
     pub(super) nodelay: Nodelay,

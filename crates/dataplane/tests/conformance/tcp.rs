@@ -537,6 +537,56 @@ fn slow_readers_hold_back_their_writers_and_nobody_else() {
     proxy.finish();
 }
 
+/// One that has sent its FIN and then reads slowly, or not at all, may hold nobody's processor and no thread of the kernel.
+#[test]
+fn who_has_sent_fin_and_does_not_read_costs_nothing() {
+    // More than are spliced at once, so that some are sent to from buffers.
+    const FLOWS: usize = 40;
+    let (accepted, connections) = std::sync::mpsc::channel();
+    let backend = server(move |stream| drop(accepted.send(stream)));
+    let proxy = Proxy::to(&[backend]);
+    let flow = || (proxy.client(), connections.recv_timeout(PATIENCE).unwrap());
+    let flows: Vec<_> = (0..FLOWS).map(|_| flow()).collect();
+    for (client, backend) in &flows {
+        client.shutdown(Shutdown::Write).unwrap();
+        assert_eq!({ backend }.read(&mut [0; 1]).unwrap(), 0, "the FIN arrives");
+        backend.set_nonblocking(true).unwrap();
+    }
+    let mut sent = [0_u64; FLOWS];
+    let block = [7; 64 * 1024];
+    let mut last_taken = Instant::now();
+    while last_taken.elapsed() < Duration::from_millis(300) {
+        for ((_, mut backend), sent) in flows.iter().map(|(client, backend)| (client, backend)).zip(&mut sent)
+        {
+            if let Ok(bytes) = backend.write(&block) {
+                *sent += bytes as u64;
+                last_taken = Instant::now();
+            }
+        }
+    }
+    // All are held back: what the worker does now is for another flow alone.
+    let before = proxy.view.engine();
+    let (mut client, mut other) = flow();
+    for _ in 0..200 {
+        client.write_all(b"ping").unwrap();
+        other.read_exact(&mut [0; 4]).unwrap();
+        other.write_all(b"pong").unwrap();
+        client.read_exact(&mut [0; 4]).unwrap();
+    }
+    let after = proxy.view.engine();
+    drop((client, other));
+    let done = after.completions - before.completions;
+    assert!(done < 200 * 10, "{done} completions for 200 exchanges: it spins");
+    assert_eq!(kernel_workers(), 0, "a thread of the kernel waits for whoever does not read");
+    // Then they read, one after the other: everything is there.
+    for ((mut client, backend), sent) in flows.iter().map(|(client, backend)| (client, backend)).zip(sent) {
+        backend.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(io::copy(&mut client, &mut io::sink()).unwrap(), sent);
+    }
+    drop(flows);
+    proxy.finish();
+}
+
 #[test]
 fn a_refused_connect_is_retried_before_the_client_notices() {
     let proxy = Proxy::to(&[refusing(), refusing(), server(echo)]);
