@@ -175,7 +175,7 @@ impl DnsQuery {
 /// An id that cannot be guessed from outside.
 fn id() -> u16 {
     let seed = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0);
-    Jitter::new(seed).next() as u16
+    Jitter::new(seed).draw() as u16
 }
 
 pub(crate) async fn ask_udp(

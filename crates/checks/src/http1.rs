@@ -119,7 +119,6 @@ impl Http {
         &self,
         wire: Wire,
         address: SocketAddr,
-        _is_tls: bool,
         said: impl FnOnce(Result<String, Failure>),
     ) {
         let (Some(io), Some(request)) = (wire.into_bounded(), self.request(address)) else {

@@ -425,7 +425,7 @@ impl Check {
             }
             let result = match &dialogue {
                 // These two bring a client of their own, which says goodbye itself.
-                Dialogue::Http(http) => return http.ask(wire, host, tls.is_some(), said).await,
+                Dialogue::Http(http) => return http.ask(wire, host, said).await,
                 Dialogue::Grpc(grpc) => return grpc.ask(wire, host, tls.is_some(), said).await,
                 Dialogue::Dns(query) => dns::ask_tcp(query, &mut wire).await,
                 // Datagrams and programs have no connection and do not come here.

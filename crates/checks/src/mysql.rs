@@ -70,16 +70,15 @@ pub(crate) async fn ask(
 /// From our answer to the greeting until a session has begun.
 async fn finish(of: &MySql, wire: &mut Wire, sequence: u8, further: u32) -> Result<(), Failure> {
     wire.say(&framed(sequence, &response(of, further))).await?;
-    let (mut sequence, mut payload) = wire.hear("MySQL", packet).await?;
+    let (sequence, mut payload) = wire.hear("MySQL", packet).await?;
     if let Some(answer) = switched(&payload)? {
         wire.say(&framed(sequence.wrapping_add(1), answer)).await?;
-        (sequence, payload) = wire.hear("MySQL", packet).await?;
+        (_, payload) = wire.hear("MySQL", packet).await?;
         // caching_sha2_password says that all is well before it says OK.
         if payload == [1, 3] {
-            (sequence, payload) = wire.hear("MySQL", packet).await?;
+            (_, payload) = wire.hear("MySQL", packet).await?;
         }
     }
-    let _ = sequence;
     match payload.first() {
         Some(0) => {
             wire.part_with(QUIT);

@@ -113,11 +113,7 @@ impl Jitter {
     }
 
     /// The next number.
-    #[expect(
-        clippy::should_implement_trait,
-        reason = "it never ends and borrows nothing: no iterator's business"
-    )]
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         // The upper bits are the better ones.
         self.0 >> 11
@@ -125,7 +121,7 @@ impl Jitter {
 
     /// 0 to 1.
     pub fn part(&mut self) -> f64 {
-        self.next() as f64 / (1_u64 << 53) as f64
+        self.draw() as f64 / (1_u64 << 53) as f64
     }
 
     /// Within a tenth of `pause`.
