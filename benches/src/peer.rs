@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 use serde::{Serialize, Serializer};
 
+use crate::case::Case;
 use crate::process::ProcessTree;
 
 /// How long a proxy may take until it accepts.
@@ -44,6 +45,17 @@ impl Proxy {
             Self::Nginx => "nginx",
             Self::Envoy => "envoy",
             Self::Trimtab => "trimtab",
+        }
+    }
+
+    /// Whether it can do what the case asks.
+    pub fn carries(self, case: Case) -> bool {
+        match self {
+            // It proxies no UDP.
+            Self::Haproxy => !case.has_udp(),
+            // There is no proxy whose memory it could be.
+            Self::Direct => case != Case::Idle,
+            Self::Nginx | Self::Envoy | Self::Trimtab => true,
         }
     }
 
@@ -95,6 +107,8 @@ pub struct Task {
     pub backends: Vec<SocketAddr>,
     /// Long transfers: what a proxy offers for them is switched on.
     pub bulk: bool,
+    /// It listens for UDP as well, on the same port, with the same backends.
+    pub udp: bool,
 }
 
 /// How a proxy is started: its command line and its configuration file, if it has one.
@@ -172,6 +186,9 @@ pub fn setup(proxy: Proxy, task: &Task) -> Setup {
         Proxy::Trimtab => {
             let mut arguments: Vec<String> = words("proxy --workers 1 --listen");
             arguments.push(format!("tcp://{}", task.listen));
+            if task.udp {
+                arguments.extend(["--listen".to_owned(), format!("udp://{}", task.listen)]);
+            }
             arguments.extend(task.backends.iter().flat_map(|b| ["--to".to_owned(), b.to_string()]));
             Setup { arguments, file: None }
         }
@@ -210,6 +227,7 @@ backend out
 /// One worker; larger buffers where the transfers are long (it has no splice for TCP to TCP); nothing logged.
 fn nginx(task: &Task) -> String {
     let buffer = if task.bulk { "64k" } else { "16k" };
+    let udp = if task.udp { nginx_udp(task.listen) } else { String::new() };
     let servers: String = task.backends.iter().map(|b| format!("        server {b};\n")).collect();
     format!(
         "load_module {NGINX_STREAM};
@@ -235,9 +253,25 @@ stream {{
         proxy_timeout 1h;
         proxy_buffer_size {buffer};
     }}
-}}
+{udp}}}
 ",
         task.listen
+    )
+}
+
+/// What a UDP listener may hold (the kernel gives at most `net.core.rmem_max`): by default 277 small datagrams, fewer than
+/// there are flows.
+const UDP_QUEUE_BYTES: u32 = 1 << 20;
+
+/// A session stays until it is silent: nginx cannot know how many answers come.
+fn nginx_udp(listen: SocketAddr) -> String {
+    format!(
+        "    server {{
+        listen {listen} udp reuseport rcvbuf={UDP_QUEUE_BYTES};
+        proxy_pass out;
+        proxy_timeout 60s;
+    }}
+"
     )
 }
 
@@ -246,7 +280,7 @@ fn envoy(task: &Task) -> String {
     let address = |a: &SocketAddr| serde_json::json!({"socket_address": {"address": a.ip().to_string(), "port_value": a.port()}});
     let endpoints: Vec<_> =
         task.backends.iter().map(|b| serde_json::json!({"endpoint": {"address": address(b)}})).collect();
-    let configuration = serde_json::json!({
+    let mut configuration = serde_json::json!({
         "static_resources": {
             "listeners": [{
                 "name": "in",
@@ -275,7 +309,39 @@ fn envoy(task: &Task) -> String {
             }],
         },
     });
+    if task.udp {
+        let listeners = configuration.pointer_mut("/static_resources/listeners");
+        let listeners = listeners.and_then(serde_json::Value::as_array_mut).expect("it is written above");
+        listeners.push(envoy_udp(task.listen));
+    }
     format!("{configuration:#}\n")
+}
+
+/// Sessions, datagrams taken in as they come (GRO) on both sides.
+fn envoy_udp(listen: SocketAddr) -> serde_json::Value {
+    let udp = "type.googleapis.com/envoy.extensions.filters.udp.udp_proxy.v3";
+    serde_json::json!({
+        "name": "in-udp",
+        "address": {"socket_address": {
+            "protocol": "UDP", "address": listen.ip().to_string(), "port_value": listen.port(),
+        }},
+        // SOL_SOCKET, SO_RCVBUF
+        "socket_options": [{"level": 1, "name": 8, "int_value": UDP_QUEUE_BYTES, "state": "STATE_PREBIND"}],
+        "udp_listener_config": {"downstream_socket_config": {"prefer_gro": true}},
+        "listener_filters": [{
+            "name": "envoy.filters.udp_listener.udp_proxy",
+            "typed_config": {
+                "@type": format!("{udp}.UdpProxyConfig"),
+                "stat_prefix": "in-udp",
+                "idle_timeout": "60s",
+                "upstream_socket_config": {"prefer_gro": true},
+                "matcher": {"on_no_match": {"action": {
+                    "name": "route",
+                    "typed_config": {"@type": format!("{udp}.Route"), "cluster": "out"},
+                }}},
+            },
+        }],
+    })
 }
 
 fn candidates(proxy: Proxy, name: &str) -> Vec<PathBuf> {
@@ -337,7 +403,19 @@ mod tests {
 
     fn task(bulk: bool) -> Task {
         let backends = vec!["127.0.0.1:2".parse().unwrap(), "127.0.0.2:3".parse().unwrap()];
-        Task { listen: "127.0.0.1:1".parse().unwrap(), backends, bulk }
+        Task { listen: "127.0.0.1:1".parse().unwrap(), backends, bulk, udp: false }
+    }
+
+    #[test]
+    fn udp_is_set_up_where_it_is_asked_for() {
+        for proxy in Proxy::ALL.into_iter().filter(|p| p.is_peer() || *p == Proxy::Trimtab) {
+            let text = |udp| {
+                let setup = setup(proxy, &Task { udp, ..task(false) });
+                setup.file.map_or_else(|| setup.arguments.join(" "), |(_, content)| content)
+            };
+            let asked = text(true) != text(false) && text(true).to_lowercase().contains("udp");
+            assert_eq!(asked, proxy.carries(Case::Udp64), "{proxy}");
+        }
     }
 
     #[test]

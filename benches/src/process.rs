@@ -92,6 +92,19 @@ impl ProcessTree {
         self.pids.iter().map(|pid| cpu_time_of(*pid)).sum()
     }
 
+    /// How many threads have a name that begins so. The kernel's threads that work for a process are among its own.
+    pub fn threads_named(&self, beginning: &str) -> io::Result<usize> {
+        let mut count = 0;
+        for pid in &self.pids {
+            for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+                // A thread may end between the listing and the look.
+                let name = fs::read_to_string(task?.path().join("comm")).unwrap_or_default();
+                count += usize::from(name.starts_with(beginning));
+            }
+        }
+        Ok(count)
+    }
+
     /// Processor time in user mode so far, in seconds, by the clock's ticks of 10 ms (`/proc/PID/stat`).
     pub fn user_seconds(&self) -> io::Result<f64> {
         let mut ticks = 0;
@@ -300,6 +313,7 @@ mod tests {
             tree.find_descendants().unwrap();
         }
         assert_eq!(tree.last_words(), "started");
+        assert_eq!((tree.threads_named("sh").unwrap(), tree.threads_named("iou-wrk").unwrap()), (2, 0));
         let memory = tree.memory().unwrap();
         assert!(
             memory.rss > memory.pss && memory.pss > memory.private_dirty && memory.private_dirty > 0,

@@ -56,6 +56,7 @@ struct ProxyReport {
     installed: Installed,
     setup: Setup,
     setup_bulk: Setup,
+    setup_udp: Setup,
 }
 
 #[derive(Debug, Serialize)]
@@ -319,11 +320,17 @@ fn metric_report(case: Case, metric: Metric, outcome: &Outcome) -> MetricReport 
 
 fn proxy_report(installed: &Installed) -> ProxyReport {
     let any = |last: u8, port: u16| SocketAddr::from(([127, 0, 0, last], port));
-    let task = |bulk| Task { listen: any(1, 10_000), backends: vec![any(1, 10_001), any(2, 10_002)], bulk };
+    let task = |bulk, udp| Task {
+        listen: any(1, 10_000),
+        backends: vec![any(1, 10_001), any(2, 10_002)],
+        bulk,
+        udp: udp && installed.proxy.carries(Case::Udp64),
+    };
     ProxyReport {
         installed: installed.clone(),
-        setup: peer::setup(installed.proxy, &task(false)),
-        setup_bulk: peer::setup(installed.proxy, &task(true)),
+        setup: peer::setup(installed.proxy, &task(false, false)),
+        setup_bulk: peer::setup(installed.proxy, &task(true, false)),
+        setup_udp: peer::setup(installed.proxy, &task(false, true)),
     }
 }
 
