@@ -80,8 +80,9 @@ pub fn measure(installed: &Installed, case: Case, conditions: &Conditions) -> Re
     let mut targets = load.backends().to_vec();
     if installed.proxy != Proxy::Direct {
         let listen = peer::free_address().map_err(MeasureError::Harness)?;
-        let task = Task { listen, backends: targets, bulk: case.is_bulk(), udp: case.has_udp() };
-        let started = installed.start(&task, &folder.0, conditions.proxy_cpu).map_err(MeasureError::Proxy)?;
+        let task = Task { listen, backends: targets, bulk: case.is_bulk(), udp: case.has_udp(), workers: 1 };
+        let started =
+            installed.start(&task, &folder.0, &[conditions.proxy_cpu]).map_err(MeasureError::Proxy)?;
         proxy = Some(started);
         targets = vec![listen];
     }

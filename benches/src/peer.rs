@@ -1,4 +1,4 @@
-//! The proxies: where they are, how each is configured to be at its best with one worker, and how it is started.
+//! The proxies: where they are, how each is configured to be at its best with as many workers as are asked for, and how it is started.
 
 use std::fmt;
 use std::fmt::Write as _;
@@ -109,6 +109,8 @@ pub struct Task {
     pub bulk: bool,
     /// It listens for UDP as well, on the same port, with the same backends.
     pub udp: bool,
+    /// Workers, threads or processes: what a proxy runs several of.
+    pub workers: usize,
 }
 
 /// How a proxy is started: its command line and its configuration file, if it has one.
@@ -144,8 +146,8 @@ impl Installed {
         Ok(Self { proxy, program, version })
     }
 
-    /// Starts it on processor `cpu` with its files in `folder`, and waits until it accepts.
-    pub fn start(&self, task: &Task, folder: &Path, cpu: usize) -> io::Result<ProcessTree> {
+    /// Starts it on these processors with its files in `folder`, and waits until it accepts.
+    pub fn start(&self, task: &Task, folder: &Path, cpus: &[usize]) -> io::Result<ProcessTree> {
         let setup = setup(self.proxy, task);
         if let Some((name, content)) = &setup.file {
             fs::write(folder.join(name), content)?;
@@ -154,7 +156,7 @@ impl Installed {
         let mut command = Command::new(&self.program);
         command.args(setup.arguments.iter().map(|a| a.replace("FOLDER", &folder_text))).current_dir(folder);
         let log = folder.join(format!("{}.log", self.proxy));
-        let mut tree = ProcessTree::spawn(&mut command, cpu, log)?;
+        let mut tree = ProcessTree::spawn(&mut command, cpus, log)?;
         wait_until_it_accepts(&mut tree, task.listen)?;
         tree.find_descendants()?;
         Ok(tree)
@@ -180,11 +182,14 @@ pub fn setup(proxy: Proxy, task: &Task) -> Setup {
             Setup { arguments, file: Some(("nginx.conf", nginx(task))) }
         }
         Proxy::Envoy => {
-            let flags = "--concurrency 1 --disable-hot-restart --log-level error -c FOLDER/envoy.json";
-            Setup { arguments: words(flags), file: Some(("envoy.json", envoy(task))) }
+            let workers = task.workers;
+            let flags = format!(
+                "--concurrency {workers} --disable-hot-restart --log-level error -c FOLDER/envoy.json"
+            );
+            Setup { arguments: words(&flags), file: Some(("envoy.json", envoy(task))) }
         }
         Proxy::Trimtab => {
-            let mut arguments: Vec<String> = words("proxy --workers 1 --listen");
+            let mut arguments: Vec<String> = words(&format!("proxy --workers {} --listen", task.workers));
             arguments.push(format!("tcp://{}", task.listen));
             if task.udp {
                 arguments.extend(["--listen".to_owned(), format!("udp://{}", task.listen)]);
@@ -198,12 +203,12 @@ pub fn setup(proxy: Proxy, task: &Task) -> Setup {
 /// Where Debian's `libnginx-mod-stream` puts the module.
 const NGINX_STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 
-/// One thread; splicing where the transfers are long, as its manual advises; nothing logged, nothing inspected.
+/// Splicing where the transfers are long, as its manual advises; nothing logged, nothing inspected.
 fn haproxy(task: &Task) -> String {
     let splice = if task.bulk { "    option splice-auto\n" } else { "" };
     let mut text = format!(
         "global
-    nbthread 1
+    nbthread {}
     maxconn 4096
 defaults
     mode tcp
@@ -216,7 +221,7 @@ defaults
 backend out
     balance roundrobin
 ",
-        task.listen
+        task.workers, task.listen
     );
     for (index, backend) in task.backends.iter().enumerate() {
         writeln!(text, "    server b{index} {backend}").expect("a String takes all");
@@ -224,9 +229,11 @@ backend out
     text
 }
 
-/// One worker; larger buffers where the transfers are long (it has no splice for TCP to TCP); nothing logged.
+/// Larger buffers where the transfers are long (it has no splice for TCP to TCP); nothing logged.
 fn nginx(task: &Task) -> String {
     let buffer = if task.bulk { "64k" } else { "16k" };
+    // A queue for each worker, as its manual advises; one alone needs none.
+    let reuseport = if task.workers > 1 { " reuseport" } else { "" };
     let udp = if task.udp { nginx_udp(task.listen) } else { String::new() };
     let servers: String = task.backends.iter().map(|b| format!("        server {b};\n")).collect();
     format!(
@@ -234,7 +241,7 @@ fn nginx(task: &Task) -> String {
 daemon off;
 pid nginx.pid;
 error_log nginx.log crit;
-worker_processes 1;
+worker_processes {};
 worker_rlimit_nofile 20000;
 events {{
     use epoll;
@@ -247,7 +254,7 @@ stream {{
     upstream out {{
 {servers}    }}
     server {{
-        listen {} backlog=4096;
+        listen {} backlog=4096{reuseport};
         proxy_pass out;
         proxy_connect_timeout 5s;
         proxy_timeout 1h;
@@ -255,7 +262,7 @@ stream {{
     }}
 {udp}}}
 ",
-        task.listen
+        task.workers, task.listen
     )
 }
 
@@ -275,7 +282,7 @@ fn nginx_udp(listen: SocketAddr) -> String {
     )
 }
 
-/// One worker thread; limits lifted (1,024 connections to a cluster otherwise); no access log, no admin, no tracing.
+/// Limits lifted (1,024 connections to a cluster otherwise); no access log, no admin, no tracing.
 fn envoy(task: &Task) -> String {
     let address = |a: &SocketAddr| serde_json::json!({"socket_address": {"address": a.ip().to_string(), "port_value": a.port()}});
     let endpoints: Vec<_> =
@@ -285,7 +292,7 @@ fn envoy(task: &Task) -> String {
             "listeners": [{
                 "name": "in",
                 "address": address(&task.listen),
-                "enable_reuse_port": false,
+                "enable_reuse_port": task.workers > 1,
                 "tcp_backlog_size": 4096,
                 "filter_chains": [{"filters": [{
                     "name": "envoy.filters.network.tcp_proxy",
@@ -403,7 +410,7 @@ mod tests {
 
     fn task(bulk: bool) -> Task {
         let backends = vec!["127.0.0.1:2".parse().unwrap(), "127.0.0.2:3".parse().unwrap()];
-        Task { listen: "127.0.0.1:1".parse().unwrap(), backends, bulk, udp: false }
+        Task { listen: "127.0.0.1:1".parse().unwrap(), backends, bulk, udp: false, workers: 1 }
     }
 
     #[test]

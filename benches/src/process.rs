@@ -39,12 +39,12 @@ pub struct Memory {
 }
 
 impl ProcessTree {
-    /// Starts `command` on processor `cpu` alone, with its output in `log`.
-    pub fn spawn(command: &mut Command, cpu: usize, log: PathBuf) -> io::Result<Self> {
+    /// Starts `command` on these processors alone, with its output in `log`.
+    pub fn spawn(command: &mut Command, cpus: &[usize], log: PathBuf) -> io::Result<Self> {
         let output = File::create(&log)?;
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         let mut only = CpuSet::new();
-        only.set(cpu);
+        cpus.iter().for_each(|cpu| only.set(*cpu));
         // A child starts with the affinity of the thread that started it: no helper program is needed.
         let mine = rustix::thread::sched_getaffinity(None)?;
         rustix::thread::sched_setaffinity(None, &only)?;
@@ -306,7 +306,8 @@ mod tests {
         let log = std::env::temp_dir().join(format!("trimtab-bench-test-{}.log", std::process::id()));
         let script = "sh -c 'while :; do :; done' & echo started; wait";
         let cpu = (0..64).find(|c| rustix::thread::sched_getaffinity(None).unwrap().is_set(*c)).unwrap();
-        let mut tree = ProcessTree::spawn(Command::new("sh").args(["-c", script]), cpu, log.clone()).unwrap();
+        let mut tree =
+            ProcessTree::spawn(Command::new("sh").args(["-c", script]), &[cpu], log.clone()).unwrap();
         let deadline = Instant::now() + Duration::from_secs(10);
         while tree.pids.len() < 2 || tree.cpu_time().unwrap() < Duration::from_millis(20) {
             assert!(Instant::now() < deadline, "the child shell never burned: {tree:?}");
@@ -332,7 +333,7 @@ mod tests {
         let cpu = (0..64).find(|c| rustix::thread::sched_getaffinity(None).unwrap().is_set(*c)).unwrap();
         let mut tree = ProcessTree::spawn(
             Command::new("sh").args(["-c", "echo no such file; exit 3"]),
-            cpu,
+            &[cpu],
             log.clone(),
         )
         .unwrap();

@@ -325,6 +325,7 @@ fn proxy_report(installed: &Installed) -> ProxyReport {
         backends: vec![any(1, 10_001), any(2, 10_002)],
         bulk,
         udp: udp && installed.proxy.carries(Case::Udp64),
+        workers: 1,
     };
     ProxyReport {
         installed: installed.clone(),

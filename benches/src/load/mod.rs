@@ -162,7 +162,6 @@ impl Window {
 /// Clients and backends of one measurement.
 pub struct Load {
     epoll: OwnedFd,
-    events: Vec<Event>,
     scratch: Scratch,
     backends: Backends,
     udp_backends: UdpBackends,
@@ -204,10 +203,8 @@ impl Load {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         let backends = Backends::listen(epoll.as_fd())?;
         let udp_backends = UdpBackends::bind(epoll.as_fd(), backends.addresses(), &mix.udp)?;
-        let events = Vec::with_capacity(EVENTS_MAX);
         let mut load = Self {
             epoll,
-            events,
             scratch: Scratch::new(),
             backends,
             udp_backends,
@@ -293,6 +290,7 @@ impl Load {
     }
 
     fn run_until(&mut self, end: Instant, done: impl Fn(&[Clients]) -> bool) -> Result<(), LoadError> {
+        let mut events = Vec::with_capacity(EVENTS_MAX);
         loop {
             let now = Instant::now();
             if now >= end || done(&self.clients) {
@@ -317,21 +315,20 @@ impl Load {
                     sleep = Duration::ZERO;
                 }
             }
-            self.poll(sleep)?;
+            self.poll(&mut events, sleep)?;
         }
     }
 
-    fn poll(&mut self, sleep: Duration) -> io::Result<()> {
+    fn poll(&mut self, events: &mut Vec<Event>, sleep: Duration) -> io::Result<()> {
         let timeout = rustix::event::Timespec { tv_sec: 0, tv_nsec: i64::from(sleep.subsec_nanos()) };
-        let mut events = std::mem::take(&mut self.events);
         events.clear();
-        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&timeout)) {
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(events), Some(&timeout)) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
         let Self { epoll, scratch, backends, udp_backends, clients, udp_clients, .. } = self;
         let epoll = epoll.as_fd();
-        for event in &events {
+        for event in events.iter() {
             let (data, flags) = (event.data.u64(), event.flags);
             let (key, part) = (data & KEY_MASK, ((data & !TAG_MASK) >> PART_SHIFT) as usize);
             match data & TAG_MASK {
@@ -342,7 +339,6 @@ impl Load {
                 _ => backends.accept(epoll, key as usize)?,
             }
         }
-        self.events = events;
         Ok(())
     }
 }
