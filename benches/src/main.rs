@@ -61,7 +61,7 @@ struct ProxiesArguments {
     #[arg(long, value_delimiter = ',')]
     cases: Vec<String>,
     /// Who takes part; those that are not installed are left out
-    #[arg(long, value_delimiter = ',', value_enum, default_values_t = Proxy::ALL)]
+    #[arg(long, value_delimiter = ',', value_enum, default_values_t = Proxy::USUAL)]
     proxies: Vec<Proxy>,
     /// Rounds
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..=1000))]

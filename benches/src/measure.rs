@@ -112,7 +112,7 @@ fn acceptable(proxy: Proxy, sample: Sample) -> Result<Sample, MeasureError> {
     if share > LOST_MAX {
         return Err(MeasureError::Lost { share });
     }
-    if proxy == Proxy::Trimtab && threads > 0 {
+    if matches!(proxy, Proxy::Trimtab | Proxy::Before) && threads > 0 {
         return Err(MeasureError::IoWorkers { threads });
     }
     Ok(sample)

@@ -31,11 +31,16 @@ pub enum Proxy {
     Envoy,
     /// trimtab.
     Trimtab,
+    /// Another trimtab, where `TRIMTAB_BEFORE` says: what a change is compared with.
+    Before,
 }
 
 impl Proxy {
     /// All, in the order of columns.
-    pub const ALL: [Self; 5] = [Self::Direct, Self::Haproxy, Self::Nginx, Self::Envoy, Self::Trimtab];
+    pub const ALL: [Self; 6] =
+        [Self::Direct, Self::Haproxy, Self::Nginx, Self::Envoy, Self::Trimtab, Self::Before];
+    /// Who takes part unless somebody else is asked for.
+    pub const USUAL: [Self; 5] = [Self::Direct, Self::Haproxy, Self::Nginx, Self::Envoy, Self::Trimtab];
 
     /// As in arguments and JSON.
     pub fn name(self) -> &'static str {
@@ -45,6 +50,7 @@ impl Proxy {
             Self::Nginx => "nginx",
             Self::Envoy => "envoy",
             Self::Trimtab => "trimtab",
+            Self::Before => "before",
         }
     }
 
@@ -55,13 +61,18 @@ impl Proxy {
             Self::Haproxy => !case.has_udp(),
             // There is no proxy whose memory it could be.
             Self::Direct => case != Case::Idle,
-            Self::Nginx | Self::Envoy | Self::Trimtab => true,
+            Self::Nginx | Self::Envoy | Self::Trimtab | Self::Before => true,
         }
     }
 
-    /// Whether trimtab is compared with it.
+    /// Whether goals are set by it.
     pub fn is_peer(self) -> bool {
         matches!(self, Self::Haproxy | Self::Nginx | Self::Envoy)
+    }
+
+    /// Whether trimtab is compared with it.
+    pub fn is_compared(self) -> bool {
+        self.is_peer() || self == Self::Before
     }
 }
 
@@ -135,6 +146,7 @@ impl Installed {
             Proxy::Trimtab => {
                 ("trimtab", "--version", "`cargo build --release -p trimtab` builds it, or set TRIMTAB_BIN")
             }
+            Proxy::Before => ("trimtab", "--version", "set TRIMTAB_BEFORE"),
         };
         let missing = |program: &str| NotInstalled { proxy, program: program.to_owned(), remedy };
         let program =
@@ -188,7 +200,7 @@ pub fn setup(proxy: Proxy, task: &Task) -> Setup {
             );
             Setup { arguments: words(&flags), file: Some(("envoy.json", envoy(task))) }
         }
-        Proxy::Trimtab => {
+        Proxy::Trimtab | Proxy::Before => {
             let mut arguments: Vec<String> = words(&format!("proxy --workers {} --listen", task.workers));
             arguments.push(format!("tcp://{}", task.listen));
             if task.udp {
@@ -354,9 +366,11 @@ fn envoy_udp(listen: SocketAddr) -> serde_json::Value {
 fn candidates(proxy: Proxy, name: &str) -> Vec<PathBuf> {
     let beside =
         std::env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_owned)).unwrap_or_default();
-    if proxy == Proxy::Trimtab {
-        return std::env::var_os("TRIMTAB_BIN")
-            .map_or_else(|| vec![beside.join(name)], |set| vec![set.into()]);
+    let named = |variable| std::env::var_os(variable).map(PathBuf::from);
+    match proxy {
+        Proxy::Trimtab => return vec![named("TRIMTAB_BIN").unwrap_or_else(|| beside.join(name))],
+        Proxy::Before => return named("TRIMTAB_BEFORE").into_iter().collect(),
+        _ => {}
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
