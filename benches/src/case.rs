@@ -2,7 +2,7 @@
 
 use serde::{Serialize, Serializer};
 
-use crate::load::{After, Pace, Shape};
+use crate::load::{After, Mix, Pace, Shape, Train, UdpShape};
 
 /// A load on a proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -23,6 +23,14 @@ pub enum Case {
     Download,
     /// Long requests.
     Upload,
+    /// Small datagrams on few UDP flows.
+    Udp64,
+    /// The same on many.
+    Udp1024,
+    /// Datagrams as large as QUIC's, in trains, both ways.
+    UdpBulk,
+    /// Small requests, connections, long responses and datagrams at once, at rates that all can keep.
+    Mixed,
     /// Flows that are open and silent: what each holds in memory.
     Idle,
 }
@@ -34,6 +42,10 @@ pub enum Metric {
     CpuPerOperation,
     /// Processor time of the proxy for one megabyte (10^6 bytes) delivered, in µs.
     CpuPerMegabyte,
+    /// Processor time of the proxy for one datagram delivered, in µs.
+    CpuPerDatagram,
+    /// Processor time of the proxy in a second, in ms: where the load is given, so that all do the same.
+    CpuPerSecond,
     /// Operations a second.
     OperationsPerSecond,
     /// Megabytes delivered a second.
@@ -44,6 +56,12 @@ pub enum Metric {
     LatencyP99,
     /// 99.9th percentile in µs.
     LatencyP999,
+    /// 99th percentile of UDP operations beside TCP ones, in µs.
+    UdpLatencyP99,
+    /// The share of datagrams that did not arrive.
+    Lost,
+    /// Threads that the kernel started for io_uring operations that it cannot do at once, at the end of the window.
+    IoWorkers,
     /// Growth of the proxy's resident memory for one idle flow, in kB (1,000 bytes).
     RssPerFlow,
     /// The same of its proportional set (shared pages divided).
@@ -75,7 +93,7 @@ pub enum Goal {
 
 impl Case {
     /// All, in the order they are run and reported.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 13] = [
         Self::Ping64x64,
         Self::Ping512x64,
         Self::Ping32x16k,
@@ -84,6 +102,10 @@ impl Case {
         Self::ConnectReset,
         Self::Download,
         Self::Upload,
+        Self::Udp64,
+        Self::Udp1024,
+        Self::UdpBulk,
+        Self::Mixed,
         Self::Idle,
     ];
 
@@ -98,6 +120,10 @@ impl Case {
             Self::ConnectReset => "connect-reset",
             Self::Download => "download",
             Self::Upload => "upload",
+            Self::Udp64 => "udp64",
+            Self::Udp1024 => "udp1024",
+            Self::UdpBulk => "udp-bulk",
+            Self::Mixed => "mixed",
             Self::Idle => "idle",
         }
     }
@@ -115,6 +141,15 @@ impl Case {
             Self::ConnectReset => "connect, 64 B request and response, reset by the client; 32 at a time",
             Self::Download => "4 connections, 64 B request, 16 MiB response, one after the other",
             Self::Upload => "4 connections, 16 MiB request, 64 B response, one after the other",
+            Self::Udp64 => "64 UDP flows, 64 B request and response, closed loop",
+            Self::Udp1024 => "1,024 UDP flows, 64 B request and response, closed loop",
+            Self::UdpBulk => {
+                "8 UDP flows, 1,200 B datagrams in trains of 16: four send them, four are sent them, for 64 B each"
+            }
+            Self::Mixed => {
+                "a second of 8,000 small exchanges on 64 connections, 1,000 connections with one, 100 responses of 1 MiB on \
+                 4, 8,000 datagrams and answers on 64 UDP flows; latencies from when each was due, TCP's of small exchanges"
+            }
             Self::Idle => "3,000 connections that did one 64 B exchange each and are silent since",
         }
     }
@@ -136,8 +171,8 @@ impl Case {
     }
 
     /// The load; `rate` (operations a second) is for [`Case::Ping64x64AtRate`].
-    pub fn shape(self, rate: f64) -> Shape {
-        const MIB_16: usize = 16 << 20;
+    pub fn mix(self, rate: f64) -> Mix {
+        const MIB: usize = 1 << 20;
         let shape = |connections, request_bytes, response_bytes, after| Shape {
             connections,
             request_bytes,
@@ -145,17 +180,41 @@ impl Case {
             after,
             pace: Pace::Closed,
         };
+        let at = |rate, shape| Shape { pace: Pace::Rate(rate), ..shape };
+        let small = |connections, after| shape(connections, 64, 64, after);
+        let udp = |flows, request, response, pace| UdpShape { flows, request, response, pace };
+        let (datagram, train) = (Train::single(64), Train::of(16));
+        let echo = |flows, pace| udp(flows, datagram, datagram, pace);
+        let datagrams = |udp| Mix { tcp: Vec::new(), udp };
         match self {
-            Self::Ping64x64 => shape(64, 64, 64, After::Again),
-            Self::Ping512x64 => shape(512, 64, 64, After::Again),
-            Self::Ping32x16k => shape(32, 64, 16 << 10, After::Again),
-            Self::Ping64x64AtRate => Shape { pace: Pace::Rate(rate), ..shape(64, 64, 64, After::Again) },
-            Self::ConnectClose => shape(32, 64, 64, After::Close),
-            Self::ConnectReset => shape(32, 64, 64, After::Reset),
-            Self::Download => shape(4, 64, MIB_16, After::Again),
-            Self::Upload => shape(4, MIB_16, 64, After::Again),
-            Self::Idle => shape(3000, 64, 64, After::Hold),
+            Self::Ping64x64 => small(64, After::Again).into(),
+            Self::Ping512x64 => small(512, After::Again).into(),
+            Self::Ping32x16k => shape(32, 64, 16 << 10, After::Again).into(),
+            Self::Ping64x64AtRate => at(rate, small(64, After::Again)).into(),
+            Self::ConnectClose => small(32, After::Close).into(),
+            Self::ConnectReset => small(32, After::Reset).into(),
+            Self::Download => shape(4, 64, 16 * MIB, After::Again).into(),
+            Self::Upload => shape(4, 16 * MIB, 64, After::Again).into(),
+            Self::Udp64 => datagrams(vec![echo(64, Pace::Closed)]),
+            Self::Udp1024 => datagrams(vec![echo(1024, Pace::Closed)]),
+            Self::UdpBulk => {
+                datagrams(vec![udp(4, train, datagram, Pace::Closed), udp(4, datagram, train, Pace::Closed)])
+            }
+            Self::Mixed => Mix {
+                tcp: vec![
+                    at(8_000.0, small(64, After::Again)),
+                    at(1_000.0, small(32, After::Close)),
+                    at(100.0, shape(4, 64, MIB, After::Again)),
+                ],
+                udp: vec![echo(64, Pace::Rate(8_000.0))],
+            },
+            Self::Idle => small(3000, After::Hold).into(),
         }
+    }
+
+    /// Whether datagrams are in it.
+    pub fn has_udp(self) -> bool {
+        matches!(self, Self::Udp64 | Self::Udp1024 | Self::UdpBulk | Self::Mixed)
     }
 
     /// Whether proxies are set up for long transfers.
@@ -168,6 +227,11 @@ impl Case {
         use Metric::*;
         match self {
             Self::Download | Self::Upload => &[CpuPerMegabyte, MegabytesPerSecond],
+            Self::Udp64 | Self::Udp1024 => {
+                &[CpuPerOperation, OperationsPerSecond, LatencyP50, LatencyP99, LatencyP999, Lost]
+            }
+            Self::UdpBulk => &[CpuPerDatagram, CpuPerMegabyte, MegabytesPerSecond, LatencyP99, Lost],
+            Self::Mixed => &[CpuPerSecond, LatencyP50, LatencyP99, LatencyP999, UdpLatencyP99, Lost],
             Self::Idle => &[RssPerFlow, PssPerFlow, PrivateDirtyPerFlow, RssBefore],
             // Its throughput is given.
             Self::Ping64x64AtRate => &[CpuPerOperation, LatencyP50, LatencyP99, LatencyP999],
@@ -177,12 +241,18 @@ impl Case {
 
     /// What trimtab is to reach there.
     pub fn goal(self, metric: Metric) -> Option<Goal> {
+        let best = |share| Some(Goal::OfBestPeer(share));
         match (self, metric) {
-            (Self::Ping64x64, Metric::CpuPerOperation) => Some(Goal::OfBestPeer(0.85)),
-            (Self::Ping512x64, Metric::CpuPerOperation) => Some(Goal::OfBestPeer(0.75)),
-            (Self::ConnectClose | Self::ConnectReset, Metric::CpuPerOperation) => Some(Goal::OfBestPeer(0.9)),
-            (_, Metric::LatencyP99) => Some(Goal::OfBestPeer(1.0)),
-            (Self::Idle, Metric::RssPerFlow) => Some(Goal::AtMost(0.6)),
+            (Self::Ping64x64 | Self::Ping32x16k, Metric::CpuPerOperation) => best(0.75),
+            (Self::Ping512x64, Metric::CpuPerOperation) => best(0.6),
+            (Self::ConnectClose | Self::ConnectReset, Metric::CpuPerOperation) => best(0.75),
+            (Self::Download, Metric::CpuPerMegabyte) => best(0.45),
+            (Self::Upload, Metric::CpuPerMegabyte) => best(0.6),
+            (Self::Udp64, Metric::CpuPerOperation) => best(0.6),
+            (Self::Udp1024, Metric::CpuPerOperation) => best(0.5),
+            (Self::UdpBulk, Metric::CpuPerDatagram | Metric::CpuPerMegabyte) => best(0.35),
+            (_, Metric::LatencyP99 | Metric::UdpLatencyP99) => best(1.0),
+            (Self::Idle, Metric::RssPerFlow) => Some(Goal::AtMost(0.4)),
             _ => None,
         }
     }
@@ -194,11 +264,16 @@ impl Metric {
         match self {
             Self::CpuPerOperation => "cpu_us_per_operation",
             Self::CpuPerMegabyte => "cpu_us_per_megabyte",
+            Self::CpuPerDatagram => "cpu_us_per_datagram",
+            Self::CpuPerSecond => "cpu_ms_per_second",
             Self::OperationsPerSecond => "operations_per_second",
             Self::MegabytesPerSecond => "megabytes_per_second",
             Self::LatencyP50 => "latency_p50_us",
             Self::LatencyP99 => "latency_p99_us",
             Self::LatencyP999 => "latency_p999_us",
+            Self::UdpLatencyP99 => "udp_latency_p99_us",
+            Self::Lost => "datagrams_lost_ratio",
+            Self::IoWorkers => "iou_wrk_threads",
             Self::RssPerFlow => "rss_kb_per_idle_flow",
             Self::PssPerFlow => "pss_kb_per_idle_flow",
             Self::PrivateDirtyPerFlow => "private_dirty_kb_per_idle_flow",
@@ -216,11 +291,16 @@ impl Metric {
         match self {
             Self::CpuPerOperation => "proxy CPU, µs/op",
             Self::CpuPerMegabyte => "proxy CPU, µs/MB",
+            Self::CpuPerDatagram => "proxy CPU, µs/datagram",
+            Self::CpuPerSecond => "proxy CPU, ms/s",
             Self::OperationsPerSecond => "op/s",
             Self::MegabytesPerSecond => "MB/s",
             Self::LatencyP50 => "p50, µs",
             Self::LatencyP99 => "p99, µs",
             Self::LatencyP999 => "p99.9, µs",
+            Self::UdpLatencyP99 => "UDP p99, µs",
+            Self::Lost => "lost, share",
+            Self::IoWorkers => "iou-wrk threads",
             Self::RssPerFlow => "RSS, kB/flow",
             Self::PssPerFlow => "PSS, kB/flow",
             Self::PrivateDirtyPerFlow => "private dirty, kB/flow",
@@ -259,6 +339,7 @@ mod tests {
     fn names_select_cases() {
         assert!(Case::ALL.into_iter().all(|case| Case::named(case.name()) == Ok(vec![case])));
         assert_eq!(Case::named("connect"), Ok(vec![Case::ConnectClose, Case::ConnectReset]));
+        assert_eq!(Case::named("udp"), Ok(vec![Case::UdpBulk]), "a part of a word is no beginning");
         assert!(Case::named("pong").unwrap_err().contains("there are ping64x64, "));
     }
 }

@@ -24,3 +24,12 @@ mod scrape;
 pub mod select;
 pub mod sim;
 pub mod soak;
+pub mod workers;
+
+/// A length of time in an argument.
+pub fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.1..=600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("it takes 0.1 to 600".to_owned()),
+    }
+}

@@ -18,9 +18,11 @@ use benches::race;
 use benches::report::Report;
 use benches::reports;
 use benches::rounds::{self, Plan};
+use benches::seconds;
 use benches::select;
 use benches::sim;
 use benches::soak;
+use benches::workers;
 use clap::{Args, Parser, Subcommand};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
@@ -36,6 +38,8 @@ struct Arguments {
 enum What {
     /// trimtab, HAProxy, nginx and Envoy as one-worker TCP proxies, interleaved round by round
     Proxies(ProxiesArguments),
+    /// What a second worker adds, where every processor has a worker and a load
+    Workers(workers::WorkersArguments),
     /// Nanoseconds for a selection and for a new allocation table
     Select(SelectArguments),
     /// Allocation policies, trimtab's and others', in simulated fleets
@@ -57,7 +61,7 @@ struct ProxiesArguments {
     #[arg(long, value_delimiter = ',')]
     cases: Vec<String>,
     /// Who takes part; those that are not installed are left out
-    #[arg(long, value_delimiter = ',', value_enum, default_values_t = Proxy::ALL)]
+    #[arg(long, value_delimiter = ',', value_enum, default_values_t = Proxy::USUAL)]
     proxies: Vec<Proxy>,
     /// Rounds
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..=1000))]
@@ -133,6 +137,7 @@ fn main() -> ExitCode {
 fn run(command: What) -> anyhow::Result<()> {
     match command {
         What::Proxies(arguments) => proxies(&arguments),
+        What::Workers(arguments) => two_workers(&arguments),
         What::Select(arguments) => {
             let micros = select::run();
             print!("{}", select::markdown(&micros));
@@ -216,6 +221,26 @@ fn proxies(arguments: &ProxiesArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn two_workers(arguments: &workers::WorkersArguments) -> anyhow::Result<()> {
+    process::kill_all_on_panic();
+    process::kill_all_on_signal().context("handling signals")?;
+    process::raise_descriptor_limit().context("raising the limit of open files")?;
+    for cpu in &arguments.cpus {
+        ensure!(process::may_use(*cpu)?, "this process may not run on processor {cpu}: choose --cpus");
+    }
+    let conditions = Conditions {
+        warmup: Duration::from_secs(1),
+        window: Duration::from_secs_f64(arguments.seconds),
+        proxy_cpu: arguments.cpus[0],
+        load_cpu: arguments.cpus[0],
+        rate: 0.0,
+        interrupted: Arc::default(),
+    };
+    let report = workers::run(arguments, &conditions, &mut |line| eprintln!("{line}"))?;
+    print!("{}", report.markdown());
+    write(arguments.json.as_ref(), || Ok(serde_json::to_string_pretty(&report)?))
+}
+
 /// Parses what arguments cannot check by themselves, and looks who is there.
 fn plan(arguments: &ProxiesArguments) -> anyhow::Result<Plan> {
     let mut cases: Vec<Case> = Vec::new();
@@ -258,13 +283,6 @@ fn plan(arguments: &ProxiesArguments) -> anyhow::Result<Plan> {
 fn write(file: Option<&PathBuf>, text: impl FnOnce() -> anyhow::Result<String>) -> anyhow::Result<()> {
     let Some(file) = file else { return Ok(()) };
     fs::write(file, text()? + "\n").with_context(|| format!("writing {}", file.display()))
-}
-
-fn seconds(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(seconds) if (0.1..=600.0).contains(&seconds) => Ok(seconds),
-        _ => Err("it takes 0.1 to 600".to_owned()),
-    }
 }
 
 fn rate(text: &str) -> Result<f64, String> {

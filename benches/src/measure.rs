@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::case::{Case, Metric};
-use crate::load::{After, Load, LoadError, Shape, Window};
+use crate::load::{After, Load, LoadError, Shape, Window, Windows};
 use crate::peer::{self, Installed, Proxy, Task};
 use crate::process::{self, Memory, ProcessTree};
 
@@ -44,11 +44,25 @@ pub enum MeasureError {
     /// The load did not get through.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// More datagrams were lost than a figure may stand on.
+    #[error("{:.1} % of the datagrams were lost, and {:.0} % may be", share * 100.0, LOST_MAX * 100.0)]
+    Lost {
+        /// How much of all.
+        share: f64,
+    },
+    /// trimtab does nothing that the kernel needs a thread for.
+    #[error("the kernel started {threads} iou-wrk threads for it")]
+    IoWorkers {
+        /// How many.
+        threads: usize,
+    },
     /// The harness itself failed: no folder, no `/proc`.
     #[error("the harness failed: {0}")]
     Harness(#[source] io::Error),
 }
 
+/// With more datagrams lost than this share, a proxy did not do what the others did.
+const LOST_MAX: f64 = 0.01;
 /// Flows that warm a proxy up before idle memory is taken: what it makes once is made by then.
 const IDLE_WARMUP_FLOWS: usize = 64;
 /// How long 3,000 flows may take to open.
@@ -60,30 +74,48 @@ const SETTLE_MAX: Duration = Duration::from_secs(3);
 /// Measures `case` on a proxy that is started for it and killed after it.
 pub fn measure(installed: &Installed, case: Case, conditions: &Conditions) -> Result<Sample, MeasureError> {
     let folder = Folder::new().map_err(MeasureError::Harness)?;
-    let shape = case.shape(conditions.rate);
-    let mut load = Load::new(&shape, Arc::clone(&conditions.interrupted)).map_err(MeasureError::Harness)?;
+    let mix = case.mix(conditions.rate);
+    let mut load = Load::new(&mix, Arc::clone(&conditions.interrupted)).map_err(MeasureError::Harness)?;
     let mut proxy = None;
     let mut targets = load.backends().to_vec();
     if installed.proxy != Proxy::Direct {
         let listen = peer::free_address().map_err(MeasureError::Harness)?;
-        let task = Task { listen, backends: targets, bulk: case.is_bulk() };
-        let started = installed.start(&task, &folder.0, conditions.proxy_cpu).map_err(MeasureError::Proxy)?;
+        let task = Task { listen, backends: targets, bulk: case.is_bulk(), udp: case.has_udp(), workers: 1 };
+        let started =
+            installed.start(&task, &folder.0, &[conditions.proxy_cpu]).map_err(MeasureError::Proxy)?;
         proxy = Some(started);
         targets = vec![listen];
     }
-    let sample = match (&proxy, shape.after) {
-        (Some(tree), After::Hold) => idle(tree, &shape, load, &targets, conditions),
-        (None, After::Hold) => Ok(Sample::new()),
+    let held = mix.tcp.iter().find(|shape| shape.after == After::Hold);
+    let sample = match (&proxy, held) {
+        (Some(tree), Some(shape)) => idle(tree, shape, load, &targets, conditions),
+        (None, Some(_)) => Ok(Sample::new()),
         _ => busy(proxy.as_ref(), &mut load, &targets, conditions),
     };
+    let sample = sample.and_then(|sample| acceptable(installed.proxy, sample));
     match (sample, proxy.as_mut().map(ProcessTree::check)) {
         (_, Some(Err(ended))) => Err(MeasureError::Proxy(ended)),
-        (Err(error), Some(Ok(()))) if !matches!(error, MeasureError::Load(LoadError::Interrupted)) => {
+        (Err(error @ (MeasureError::Proxy(_) | MeasureError::Load(_))), Some(Ok(())))
+            if !matches!(error, MeasureError::Load(LoadError::Interrupted)) =>
+        {
             let said = proxy.as_ref().map(ProcessTree::last_words).unwrap_or_default();
             Err(MeasureError::Proxy(io::Error::other(format!("{error}; its output ends: {said:?}"))))
         }
         (sample, _) => sample,
     }
+}
+
+/// Refuses a figure that does not stand for what it says.
+fn acceptable(proxy: Proxy, sample: Sample) -> Result<Sample, MeasureError> {
+    let of = |metric| sample.get(&metric).copied().unwrap_or(0.0);
+    let (share, threads) = (of(Metric::Lost), of(Metric::IoWorkers) as usize);
+    if share > LOST_MAX {
+        return Err(MeasureError::Lost { share });
+    }
+    if matches!(proxy, Proxy::Trimtab | Proxy::Before) && threads > 0 {
+        return Err(MeasureError::IoWorkers { threads });
+    }
+    Ok(sample)
 }
 
 /// What was used of both processors until a moment. To the proxy and the load belongs what the kernel's threads for soft
@@ -102,14 +134,19 @@ fn busy(
     targets: &[std::net::SocketAddr],
     conditions: &Conditions,
 ) -> Result<Sample, MeasureError> {
-    load.open(targets);
+    load.open(targets).map_err(MeasureError::Harness)?;
     load.run(conditions.warmup)?;
     let before = used(proxy, conditions)?;
     load.begin_window();
     load.run(conditions.window)?;
-    let window = load.end_window();
+    let windows = load.end_window();
     let after = used(proxy, conditions)?;
-    Ok(sample(proxy.is_some(), &window, &before, &after))
+    let mut sample = sample(proxy.is_some(), &windows, &before, &after);
+    if let Some(tree) = proxy {
+        let threads = tree.threads_named("iou-wrk").map_err(MeasureError::Proxy)?;
+        sample.insert(Metric::IoWorkers, threads as f64);
+    }
+    Ok(sample)
 }
 
 fn used(proxy: Option<&ProcessTree>, conditions: &Conditions) -> Result<Used, MeasureError> {
@@ -128,7 +165,7 @@ fn used(proxy: Option<&ProcessTree>, conditions: &Conditions) -> Result<Used, Me
     })
 }
 
-fn sample(with_proxy: bool, window: &Window, before: &Used, after: &Used) -> Sample {
+fn sample(with_proxy: bool, windows: &Windows, before: &Used, after: &Used) -> Sample {
     let wall = (after.at - before.at).as_secs_f64();
     let proxy = (after.proxy - before.proxy).as_secs_f64();
     let load = (after.load - before.load).as_secs_f64();
@@ -136,25 +173,41 @@ fn sample(with_proxy: bool, window: &Window, before: &Used, after: &Used) -> Sam
         |after: Duration, before: Duration, ours: f64| after.saturating_sub(before).as_secs_f64() - ours;
     let foreign_proxy = foreign(after.proxy_processor, before.proxy_processor, proxy);
     let foreign_load = foreign(after.load_processor, before.load_processor, load);
-    let operations = window.operations as f64;
-    let megabytes = window.bytes as f64 / 1e6;
-    let micros = |quantile| window.latency.value_at_quantile(quantile) as f64 / 1e3;
-    let elapsed = window.elapsed.as_secs_f64();
+    let parts = &windows.parts;
+    let sum = |of: fn(&Window) -> u64| parts.iter().map(of).sum::<u64>();
+    let operations = sum(|part| part.operations) as f64;
+    let megabytes = (windows.backend_bytes + sum(|part| part.bytes)) as f64 / 1e6;
+    // Of one kind of client: where kinds run side by side the first is the one that waiting hurts.
+    let micros = |part: usize, quantile| {
+        parts.get(part).map_or(0.0, |part| part.latency.value_at_quantile(quantile) as f64 / 1e3)
+    };
+    let elapsed = parts.first().map_or(wall, |part| part.elapsed.as_secs_f64());
     let mut sample = Sample::from([
         (Metric::OperationsPerSecond, operations / elapsed),
         (Metric::MegabytesPerSecond, megabytes / elapsed),
-        (Metric::LatencyP50, micros(0.5)),
-        (Metric::LatencyP99, micros(0.99)),
-        (Metric::LatencyP999, micros(0.999)),
+        (Metric::LatencyP50, micros(0, 0.5)),
+        (Metric::LatencyP99, micros(0, 0.99)),
+        (Metric::LatencyP999, micros(0, 0.999)),
         (Metric::LoadBusy, load / wall),
         (Metric::ForeignBusy, foreign_proxy.max(foreign_load).max(0.0) / wall),
-        (Metric::Errors, window.errors as f64),
-        (Metric::Unfinished, window.unfinished as f64),
+        (Metric::Errors, sum(|part| part.errors) as f64),
+        (Metric::Unfinished, sum(|part| part.unfinished) as f64),
     ]);
     if with_proxy {
         sample.insert(Metric::CpuPerOperation, proxy * 1e6 / operations);
         sample.insert(Metric::CpuPerMegabyte, proxy * 1e6 / megabytes);
+        sample.insert(Metric::CpuPerSecond, proxy * 1e3 / wall);
         sample.insert(Metric::ProxyBusy, proxy / wall);
+    }
+    let Windows { datagrams_sent, datagrams_received, .. } = *windows;
+    if datagrams_sent > 0 {
+        // What is under way at the window's ends is in one of the two counts: as many at both, or nearly.
+        let lost = datagrams_sent.saturating_sub(datagrams_received) as f64;
+        sample.insert(Metric::Lost, lost / datagrams_sent as f64);
+        sample.insert(Metric::UdpLatencyP99, micros(parts.len() - 1, 0.99));
+        if with_proxy {
+            sample.insert(Metric::CpuPerDatagram, proxy * 1e6 / datagrams_received as f64);
+        }
     }
     sample
 }
@@ -168,12 +221,12 @@ fn idle(
     conditions: &Conditions,
 ) -> Result<Sample, MeasureError> {
     let few = Shape { connections: IDLE_WARMUP_FLOWS, after: After::Close, ..shape.clone() };
-    load.reshape(&few);
-    load.open(targets);
+    load.reshape(&few.into());
+    load.open(targets).map_err(MeasureError::Harness)?;
     load.run(conditions.warmup)?;
-    load.reshape(shape);
+    load.reshape(&shape.clone().into());
     let before = settled_memory(tree, &mut load)?;
-    load.open(targets);
+    load.open(targets).map_err(MeasureError::Harness)?;
     load.run_until_held(shape.connections, IDLE_PATIENCE)?;
     let after = settled_memory(tree, &mut load)?;
     // They must still be open, or their memory was not measured.

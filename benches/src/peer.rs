@@ -1,4 +1,4 @@
-//! The proxies: where they are, how each is configured to be at its best with one worker, and how it is started.
+//! The proxies: where they are, how each is configured to be at its best with as many workers as are asked for, and how it is started.
 
 use std::fmt;
 use std::fmt::Write as _;
@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 use serde::{Serialize, Serializer};
 
+use crate::case::Case;
 use crate::process::ProcessTree;
 
 /// How long a proxy may take until it accepts.
@@ -30,11 +31,16 @@ pub enum Proxy {
     Envoy,
     /// trimtab.
     Trimtab,
+    /// Another trimtab, where `TRIMTAB_BEFORE` says: what a change is compared with.
+    Before,
 }
 
 impl Proxy {
     /// All, in the order of columns.
-    pub const ALL: [Self; 5] = [Self::Direct, Self::Haproxy, Self::Nginx, Self::Envoy, Self::Trimtab];
+    pub const ALL: [Self; 6] =
+        [Self::Direct, Self::Haproxy, Self::Nginx, Self::Envoy, Self::Trimtab, Self::Before];
+    /// Who takes part unless somebody else is asked for.
+    pub const USUAL: [Self; 5] = [Self::Direct, Self::Haproxy, Self::Nginx, Self::Envoy, Self::Trimtab];
 
     /// As in arguments and JSON.
     pub fn name(self) -> &'static str {
@@ -44,12 +50,29 @@ impl Proxy {
             Self::Nginx => "nginx",
             Self::Envoy => "envoy",
             Self::Trimtab => "trimtab",
+            Self::Before => "before",
         }
     }
 
-    /// Whether trimtab is compared with it.
+    /// Whether it can do what the case asks.
+    pub fn carries(self, case: Case) -> bool {
+        match self {
+            // It proxies no UDP.
+            Self::Haproxy => !case.has_udp(),
+            // There is no proxy whose memory it could be.
+            Self::Direct => case != Case::Idle,
+            Self::Nginx | Self::Envoy | Self::Trimtab | Self::Before => true,
+        }
+    }
+
+    /// Whether goals are set by it.
     pub fn is_peer(self) -> bool {
         matches!(self, Self::Haproxy | Self::Nginx | Self::Envoy)
+    }
+
+    /// Whether trimtab is compared with it.
+    pub fn is_compared(self) -> bool {
+        self.is_peer() || self == Self::Before
     }
 }
 
@@ -95,6 +118,10 @@ pub struct Task {
     pub backends: Vec<SocketAddr>,
     /// Long transfers: what a proxy offers for them is switched on.
     pub bulk: bool,
+    /// It listens for UDP as well, on the same port, with the same backends.
+    pub udp: bool,
+    /// Workers, threads or processes: what a proxy runs several of.
+    pub workers: usize,
 }
 
 /// How a proxy is started: its command line and its configuration file, if it has one.
@@ -119,6 +146,7 @@ impl Installed {
             Proxy::Trimtab => {
                 ("trimtab", "--version", "`cargo build --release -p trimtab` builds it, or set TRIMTAB_BIN")
             }
+            Proxy::Before => ("trimtab", "--version", "set TRIMTAB_BEFORE"),
         };
         let missing = |program: &str| NotInstalled { proxy, program: program.to_owned(), remedy };
         let program =
@@ -130,8 +158,8 @@ impl Installed {
         Ok(Self { proxy, program, version })
     }
 
-    /// Starts it on processor `cpu` with its files in `folder`, and waits until it accepts.
-    pub fn start(&self, task: &Task, folder: &Path, cpu: usize) -> io::Result<ProcessTree> {
+    /// Starts it on these processors with its files in `folder`, and waits until it accepts.
+    pub fn start(&self, task: &Task, folder: &Path, cpus: &[usize]) -> io::Result<ProcessTree> {
         let setup = setup(self.proxy, task);
         if let Some((name, content)) = &setup.file {
             fs::write(folder.join(name), content)?;
@@ -140,7 +168,7 @@ impl Installed {
         let mut command = Command::new(&self.program);
         command.args(setup.arguments.iter().map(|a| a.replace("FOLDER", &folder_text))).current_dir(folder);
         let log = folder.join(format!("{}.log", self.proxy));
-        let mut tree = ProcessTree::spawn(&mut command, cpu, log)?;
+        let mut tree = ProcessTree::spawn(&mut command, cpus, log)?;
         wait_until_it_accepts(&mut tree, task.listen)?;
         tree.find_descendants()?;
         Ok(tree)
@@ -166,12 +194,18 @@ pub fn setup(proxy: Proxy, task: &Task) -> Setup {
             Setup { arguments, file: Some(("nginx.conf", nginx(task))) }
         }
         Proxy::Envoy => {
-            let flags = "--concurrency 1 --disable-hot-restart --log-level error -c FOLDER/envoy.json";
-            Setup { arguments: words(flags), file: Some(("envoy.json", envoy(task))) }
+            let workers = task.workers;
+            let flags = format!(
+                "--concurrency {workers} --disable-hot-restart --log-level error -c FOLDER/envoy.json"
+            );
+            Setup { arguments: words(&flags), file: Some(("envoy.json", envoy(task))) }
         }
-        Proxy::Trimtab => {
-            let mut arguments: Vec<String> = words("proxy --workers 1 --listen");
+        Proxy::Trimtab | Proxy::Before => {
+            let mut arguments: Vec<String> = words(&format!("proxy --workers {} --listen", task.workers));
             arguments.push(format!("tcp://{}", task.listen));
+            if task.udp {
+                arguments.extend(["--listen".to_owned(), format!("udp://{}", task.listen)]);
+            }
             arguments.extend(task.backends.iter().flat_map(|b| ["--to".to_owned(), b.to_string()]));
             Setup { arguments, file: None }
         }
@@ -181,12 +215,12 @@ pub fn setup(proxy: Proxy, task: &Task) -> Setup {
 /// Where Debian's `libnginx-mod-stream` puts the module.
 const NGINX_STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 
-/// One thread; splicing where the transfers are long, as its manual advises; nothing logged, nothing inspected.
+/// Splicing where the transfers are long, as its manual advises; nothing logged, nothing inspected.
 fn haproxy(task: &Task) -> String {
     let splice = if task.bulk { "    option splice-auto\n" } else { "" };
     let mut text = format!(
         "global
-    nbthread 1
+    nbthread {}
     maxconn 4096
 defaults
     mode tcp
@@ -199,7 +233,7 @@ defaults
 backend out
     balance roundrobin
 ",
-        task.listen
+        task.workers, task.listen
     );
     for (index, backend) in task.backends.iter().enumerate() {
         writeln!(text, "    server b{index} {backend}").expect("a String takes all");
@@ -207,16 +241,19 @@ backend out
     text
 }
 
-/// One worker; larger buffers where the transfers are long (it has no splice for TCP to TCP); nothing logged.
+/// Larger buffers where the transfers are long (it has no splice for TCP to TCP); nothing logged.
 fn nginx(task: &Task) -> String {
     let buffer = if task.bulk { "64k" } else { "16k" };
+    // A queue for each worker, as its manual advises; one alone needs none.
+    let reuseport = if task.workers > 1 { " reuseport" } else { "" };
+    let udp = if task.udp { nginx_udp(task.listen) } else { String::new() };
     let servers: String = task.backends.iter().map(|b| format!("        server {b};\n")).collect();
     format!(
         "load_module {NGINX_STREAM};
 daemon off;
 pid nginx.pid;
 error_log nginx.log crit;
-worker_processes 1;
+worker_processes {};
 worker_rlimit_nofile 20000;
 events {{
     use epoll;
@@ -229,29 +266,45 @@ stream {{
     upstream out {{
 {servers}    }}
     server {{
-        listen {} backlog=4096;
+        listen {} backlog=4096{reuseport};
         proxy_pass out;
         proxy_connect_timeout 5s;
         proxy_timeout 1h;
         proxy_buffer_size {buffer};
     }}
-}}
+{udp}}}
 ",
-        task.listen
+        task.workers, task.listen
     )
 }
 
-/// One worker thread; limits lifted (1,024 connections to a cluster otherwise); no access log, no admin, no tracing.
+/// What a UDP listener may hold (the kernel gives at most `net.core.rmem_max`): by default 277 small datagrams, fewer than
+/// there are flows.
+const UDP_QUEUE_BYTES: u32 = 1 << 20;
+
+/// A session stays until it is silent: nginx cannot know how many answers come.
+fn nginx_udp(listen: SocketAddr) -> String {
+    format!(
+        "    server {{
+        listen {listen} udp reuseport rcvbuf={UDP_QUEUE_BYTES};
+        proxy_pass out;
+        proxy_timeout 60s;
+    }}
+"
+    )
+}
+
+/// Limits lifted (1,024 connections to a cluster otherwise); no access log, no admin, no tracing.
 fn envoy(task: &Task) -> String {
     let address = |a: &SocketAddr| serde_json::json!({"socket_address": {"address": a.ip().to_string(), "port_value": a.port()}});
     let endpoints: Vec<_> =
         task.backends.iter().map(|b| serde_json::json!({"endpoint": {"address": address(b)}})).collect();
-    let configuration = serde_json::json!({
+    let mut configuration = serde_json::json!({
         "static_resources": {
             "listeners": [{
                 "name": "in",
                 "address": address(&task.listen),
-                "enable_reuse_port": false,
+                "enable_reuse_port": task.workers > 1,
                 "tcp_backlog_size": 4096,
                 "filter_chains": [{"filters": [{
                     "name": "envoy.filters.network.tcp_proxy",
@@ -275,15 +328,49 @@ fn envoy(task: &Task) -> String {
             }],
         },
     });
+    if task.udp {
+        let listeners = configuration.pointer_mut("/static_resources/listeners");
+        let listeners = listeners.and_then(serde_json::Value::as_array_mut).expect("it is written above");
+        listeners.push(envoy_udp(task.listen));
+    }
     format!("{configuration:#}\n")
+}
+
+/// Sessions, datagrams taken in as they come (GRO) on both sides.
+fn envoy_udp(listen: SocketAddr) -> serde_json::Value {
+    let udp = "type.googleapis.com/envoy.extensions.filters.udp.udp_proxy.v3";
+    serde_json::json!({
+        "name": "in-udp",
+        "address": {"socket_address": {
+            "protocol": "UDP", "address": listen.ip().to_string(), "port_value": listen.port(),
+        }},
+        // SOL_SOCKET, SO_RCVBUF
+        "socket_options": [{"level": 1, "name": 8, "int_value": UDP_QUEUE_BYTES, "state": "STATE_PREBIND"}],
+        "udp_listener_config": {"downstream_socket_config": {"prefer_gro": true}},
+        "listener_filters": [{
+            "name": "envoy.filters.udp_listener.udp_proxy",
+            "typed_config": {
+                "@type": format!("{udp}.UdpProxyConfig"),
+                "stat_prefix": "in-udp",
+                "idle_timeout": "60s",
+                "upstream_socket_config": {"prefer_gro": true},
+                "matcher": {"on_no_match": {"action": {
+                    "name": "route",
+                    "typed_config": {"@type": format!("{udp}.Route"), "cluster": "out"},
+                }}},
+            },
+        }],
+    })
 }
 
 fn candidates(proxy: Proxy, name: &str) -> Vec<PathBuf> {
     let beside =
         std::env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_owned)).unwrap_or_default();
-    if proxy == Proxy::Trimtab {
-        return std::env::var_os("TRIMTAB_BIN")
-            .map_or_else(|| vec![beside.join(name)], |set| vec![set.into()]);
+    let named = |variable| std::env::var_os(variable).map(PathBuf::from);
+    match proxy {
+        Proxy::Trimtab => return vec![named("TRIMTAB_BIN").unwrap_or_else(|| beside.join(name))],
+        Proxy::Before => return named("TRIMTAB_BEFORE").into_iter().collect(),
+        _ => {}
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
@@ -337,7 +424,19 @@ mod tests {
 
     fn task(bulk: bool) -> Task {
         let backends = vec!["127.0.0.1:2".parse().unwrap(), "127.0.0.2:3".parse().unwrap()];
-        Task { listen: "127.0.0.1:1".parse().unwrap(), backends, bulk }
+        Task { listen: "127.0.0.1:1".parse().unwrap(), backends, bulk, udp: false, workers: 1 }
+    }
+
+    #[test]
+    fn udp_is_set_up_where_it_is_asked_for() {
+        for proxy in Proxy::ALL.into_iter().filter(|p| p.is_peer() || *p == Proxy::Trimtab) {
+            let text = |udp| {
+                let setup = setup(proxy, &Task { udp, ..task(false) });
+                setup.file.map_or_else(|| setup.arguments.join(" "), |(_, content)| content)
+            };
+            let asked = text(true) != text(false) && text(true).to_lowercase().contains("udp");
+            assert_eq!(asked, proxy.carries(Case::Udp64), "{proxy}");
+        }
     }
 
     #[test]

@@ -39,12 +39,12 @@ pub struct Memory {
 }
 
 impl ProcessTree {
-    /// Starts `command` on processor `cpu` alone, with its output in `log`.
-    pub fn spawn(command: &mut Command, cpu: usize, log: PathBuf) -> io::Result<Self> {
+    /// Starts `command` on these processors alone, with its output in `log`.
+    pub fn spawn(command: &mut Command, cpus: &[usize], log: PathBuf) -> io::Result<Self> {
         let output = File::create(&log)?;
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         let mut only = CpuSet::new();
-        only.set(cpu);
+        cpus.iter().for_each(|cpu| only.set(*cpu));
         // A child starts with the affinity of the thread that started it: no helper program is needed.
         let mine = rustix::thread::sched_getaffinity(None)?;
         rustix::thread::sched_setaffinity(None, &only)?;
@@ -90,6 +90,19 @@ impl ProcessTree {
     /// not ticks). io_uring's kernel threads are threads of their process and are in it.
     pub fn cpu_time(&self) -> io::Result<Duration> {
         self.pids.iter().map(|pid| cpu_time_of(*pid)).sum()
+    }
+
+    /// How many threads have a name that begins so. The kernel's threads that work for a process are among its own.
+    pub fn threads_named(&self, beginning: &str) -> io::Result<usize> {
+        let mut count = 0;
+        for pid in &self.pids {
+            for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+                // A thread may end between the listing and the look.
+                let name = fs::read_to_string(task?.path().join("comm")).unwrap_or_default();
+                count += usize::from(name.starts_with(beginning));
+            }
+        }
+        Ok(count)
     }
 
     /// Processor time in user mode so far, in seconds, by the clock's ticks of 10 ms (`/proc/PID/stat`).
@@ -293,13 +306,15 @@ mod tests {
         let log = std::env::temp_dir().join(format!("trimtab-bench-test-{}.log", std::process::id()));
         let script = "sh -c 'while :; do :; done' & echo started; wait";
         let cpu = (0..64).find(|c| rustix::thread::sched_getaffinity(None).unwrap().is_set(*c)).unwrap();
-        let mut tree = ProcessTree::spawn(Command::new("sh").args(["-c", script]), cpu, log.clone()).unwrap();
+        let mut tree =
+            ProcessTree::spawn(Command::new("sh").args(["-c", script]), &[cpu], log.clone()).unwrap();
         let deadline = Instant::now() + Duration::from_secs(10);
         while tree.pids.len() < 2 || tree.cpu_time().unwrap() < Duration::from_millis(20) {
             assert!(Instant::now() < deadline, "the child shell never burned: {tree:?}");
             tree.find_descendants().unwrap();
         }
         assert_eq!(tree.last_words(), "started");
+        assert_eq!((tree.threads_named("sh").unwrap(), tree.threads_named("iou-wrk").unwrap()), (2, 0));
         let memory = tree.memory().unwrap();
         assert!(
             memory.rss > memory.pss && memory.pss > memory.private_dirty && memory.private_dirty > 0,
@@ -318,7 +333,7 @@ mod tests {
         let cpu = (0..64).find(|c| rustix::thread::sched_getaffinity(None).unwrap().is_set(*c)).unwrap();
         let mut tree = ProcessTree::spawn(
             Command::new("sh").args(["-c", "echo no such file; exit 3"]),
-            cpu,
+            &[cpu],
             log.clone(),
         )
         .unwrap();

@@ -56,6 +56,7 @@ struct ProxyReport {
     installed: Installed,
     setup: Setup,
     setup_bulk: Setup,
+    setup_udp: Setup,
 }
 
 #[derive(Debug, Serialize)]
@@ -208,7 +209,7 @@ impl Report {
     fn write_case(&self, text: &mut String, case: &CaseReport) -> std::fmt::Result {
         let columns: Vec<Proxy> = self.proxies.iter().map(|p| p.installed.proxy).collect();
         let trimtab = columns.contains(&Proxy::Trimtab);
-        let peers: Vec<Proxy> = columns.iter().copied().filter(|p| p.is_peer() && trimtab).collect();
+        let peers: Vec<Proxy> = columns.iter().copied().filter(|p| p.is_compared() && trimtab).collect();
         let rate = self.settings.rate.filter(|_| case.case == Case::Ping64x64AtRate);
         let rate = rate.map(|rate| format!(" ({rate} op/s)")).unwrap_or_default();
         writeln!(text, "### {}: {}{rate}\n", case.case.name(), case.about)?;
@@ -296,7 +297,7 @@ fn metric_report(case: Case, metric: Metric, outcome: &Outcome) -> MetricReport 
         )
     };
     let trimtab_over: BTreeMap<Proxy, Summary> =
-        Proxy::ALL.into_iter().filter(|p| p.is_peer()).filter_map(|p| Some((p, ratios(p)?))).collect();
+        Proxy::ALL.into_iter().filter(|p| p.is_compared()).filter_map(|p| Some((p, ratios(p)?))).collect();
     let better = |a: &&Proxy, b: &&Proxy| {
         let order = proxies[a].median.total_cmp(&proxies[b].median);
         if metric.less_is_better() { order } else { order.reverse() }
@@ -319,11 +320,18 @@ fn metric_report(case: Case, metric: Metric, outcome: &Outcome) -> MetricReport 
 
 fn proxy_report(installed: &Installed) -> ProxyReport {
     let any = |last: u8, port: u16| SocketAddr::from(([127, 0, 0, last], port));
-    let task = |bulk| Task { listen: any(1, 10_000), backends: vec![any(1, 10_001), any(2, 10_002)], bulk };
+    let task = |bulk, udp| Task {
+        listen: any(1, 10_000),
+        backends: vec![any(1, 10_001), any(2, 10_002)],
+        bulk,
+        udp: udp && installed.proxy.carries(Case::Udp64),
+        workers: 1,
+    };
     ProxyReport {
         installed: installed.clone(),
-        setup: peer::setup(installed.proxy, &task(false)),
-        setup_bulk: peer::setup(installed.proxy, &task(true)),
+        setup: peer::setup(installed.proxy, &task(false, false)),
+        setup_bulk: peer::setup(installed.proxy, &task(true, false)),
+        setup_udp: peer::setup(installed.proxy, &task(false, true)),
     }
 }
 

@@ -80,7 +80,7 @@ pub fn run(plan: &Plan, conditions: &Conditions, say: &mut dyn FnMut(&str)) -> O
         for &case in &plan.cases {
             for turn in 0..plan.proxies.len() {
                 let installed = &plan.proxies[(turn + round) % plan.proxies.len()];
-                if case == Case::Idle && installed.proxy == Proxy::Direct {
+                if !installed.proxy.carries(case) {
                     continue;
                 }
                 if conditions.interrupted.load(Ordering::Relaxed) {

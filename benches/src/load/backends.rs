@@ -9,15 +9,13 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
 use super::slots::Slots;
-use super::{EVERY_EDGE, Moved, Scratch, Shape, TAG_BACKEND, TAG_LISTENER};
+use super::{EVERY_EDGE, Exchange, Moved, Scratch, TAG_BACKEND, TAG_LISTENER};
 
 /// As long as the system allows: 3,000 flows are opened in one go.
 const BACKLOG: i32 = 4096;
 
 #[derive(Debug)]
 pub(super) struct Backends {
-    request_bytes: usize,
-    response_bytes: usize,
     listeners: Vec<OwnedFd>,
     addresses: Vec<SocketAddr>,
     connections: Slots<Connection>,
@@ -28,6 +26,8 @@ pub(super) struct Backends {
 #[derive(Debug)]
 struct Connection {
     socket: OwnedFd,
+    /// Known once the first request begins.
+    exchange: Option<Exchange>,
     /// Of the request that is arriving.
     received: usize,
     /// Of all responses that are due.
@@ -36,7 +36,7 @@ struct Connection {
 
 impl Backends {
     /// Two listeners on two loopback addresses, at ports that were free.
-    pub(super) fn listen(epoll: BorrowedFd<'_>, shape: &Shape) -> io::Result<Self> {
+    pub(super) fn listen(epoll: BorrowedFd<'_>) -> io::Result<Self> {
         let mut listeners = Vec::new();
         let mut addresses = Vec::new();
         for (index, last) in (0_u64..).zip([1, 2]) {
@@ -48,9 +48,7 @@ impl Backends {
             epoll::add(epoll, &socket, EventData::new_u64(TAG_LISTENER | index), EventFlags::IN)?;
             listeners.push(socket);
         }
-        let (request_bytes, response_bytes) = (shape.request_bytes, shape.response_bytes);
-        let connections = Slots::default();
-        Ok(Self { request_bytes, response_bytes, listeners, addresses, connections, bytes_received: 0 })
+        Ok(Self { listeners, addresses, connections: Slots::default(), bytes_received: 0 })
     }
 
     pub(super) fn addresses(&self) -> &[SocketAddr] {
@@ -69,7 +67,7 @@ impl Backends {
                 Err(error) => return Err(error.into()),
             };
             sockopt::set_tcp_nodelay(&socket, true)?;
-            let key = self.connections.insert(Connection { socket, received: 0, to_send: 0 });
+            let key = self.connections.insert(Connection { socket, exchange: None, received: 0, to_send: 0 });
             let connection = self.connections.get_mut(key).expect("it was inserted above");
             let data = EventData::new_u64(TAG_BACKEND | key);
             epoll::add(epoll, connection.socket.as_fd(), data, EVERY_EDGE)?;
@@ -79,15 +77,16 @@ impl Backends {
     /// Reads what came, answers what is complete; closes the connection when its client has.
     pub(super) fn ready(&mut self, key: u64, flags: EventFlags, scratch: &mut Scratch) {
         let Some(connection) = self.connections.get_mut(key) else { return };
-        let bulk = self.request_bytes > scratch.bytes.len();
         let mut open = true;
         if flags.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR) {
             let ended = flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR);
-            let Moved { bytes, end } = scratch.receive_all(connection.socket.as_fd(), bulk, ended);
+            let Moved { bytes, end } = connection.receive(scratch, ended);
             self.bytes_received += bytes as u64;
             connection.received += bytes;
-            connection.to_send += connection.received / self.request_bytes * self.response_bytes;
-            connection.received %= self.request_bytes;
+            if let Some(Exchange { request_bytes, response_bytes }) = connection.exchange {
+                connection.to_send += connection.received / request_bytes * response_bytes;
+                connection.received %= request_bytes;
+            }
             open = end.is_none();
         }
         if open && connection.to_send > 0 {
@@ -98,5 +97,32 @@ impl Backends {
         if !open {
             self.connections.remove(key);
         }
+    }
+}
+
+impl Connection {
+    /// Receives all there is; the first bytes say what the exchange is, all others are as good as any.
+    fn receive(&mut self, scratch: &mut Scratch, ended: bool) -> Moved {
+        let mut first = 0;
+        let exchange = match self.exchange {
+            Some(exchange) => exchange,
+            None => {
+                first = match scratch.receive_once(self.socket.as_fd()) {
+                    Ok(received) => received,
+                    Err(end) => return Moved { bytes: 0, end },
+                };
+                let Some(exchange) = Exchange::read(&scratch.bytes[..first]) else {
+                    return Moved { bytes: first, end: Some(io::ErrorKind::InvalidData.into()) };
+                };
+                self.exchange = Some(exchange);
+                if first < scratch.bytes.len() && !ended {
+                    return Moved { bytes: first, end: None };
+                }
+                exchange
+            }
+        };
+        let bulk = exchange.request_bytes > scratch.bytes.len();
+        let rest = scratch.receive_all(self.socket.as_fd(), bulk, ended);
+        Moved { bytes: first + rest.bytes, end: rest.end }
     }
 }

@@ -11,7 +11,10 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
 use super::slots::Slots;
-use super::{After, EVERY_EDGE, LoadError, Moved, Pace, Scratch, Shape, TAG_CLIENT, Window};
+use super::{
+    After, EVERY_EDGE, Exchange, LoadError, Moved, PART_SHIFT, Pace, Scratch, Shape, TAG_CLIENT, TAG_MASK,
+    Window,
+};
 
 /// Failed operations after which a measurement is given up: a proxy that refuses would otherwise be asked forever.
 const ERRORS_MAX: u64 = 1000;
@@ -28,6 +31,8 @@ const SOURCE_TRIES: usize = 16;
 #[derive(Debug)]
 pub(super) struct Clients {
     shape: Shape,
+    /// What its event keys carry.
+    tag: u64,
     targets: Vec<SocketAddr>,
     /// Connections opened so far; the next goes to the target whose turn it is.
     opened: usize,
@@ -63,10 +68,11 @@ enum Standing {
 }
 
 impl Clients {
-    pub(super) fn new(shape: &Shape) -> Self {
+    pub(super) fn new(shape: &Shape, part: u64) -> Self {
         let now = Instant::now();
         Self {
             shape: shape.clone(),
+            tag: TAG_CLIENT | part << PART_SHIFT,
             targets: Vec::new(),
             opened: 0,
             sources: 0,
@@ -124,7 +130,7 @@ impl Clients {
             }
             while self.next_due < now {
                 window.record_unfinished(now - self.next_due);
-                self.next_due += period(rate);
+                self.next_due += super::period(rate);
             }
         }
         window
@@ -136,7 +142,7 @@ impl Clients {
         while self.next_due <= now {
             let Some(key) = self.resting.pop() else { break };
             self.begin(epoll, key, self.next_due, scratch);
-            self.next_due += period(rate);
+            self.next_due += super::period(rate);
         }
         true
     }
@@ -178,7 +184,7 @@ impl Clients {
             Err(error) => return self.count_error(error),
         };
         let socket = self.connections.get_mut(key).expect("it was inserted above").socket.as_fd();
-        match epoll::add(epoll, socket, EventData::new_u64(TAG_CLIENT | key), EVERY_EDGE) {
+        match epoll::add(epoll, socket, EventData::new_u64(self.tag | key), EVERY_EDGE) {
             Ok(()) if matches!(self.shape.pace, Pace::Rate(_)) => self.resting.push(key),
             Ok(()) => self.begin(epoll, key, due, scratch),
             Err(error) => self.failed(epoll, key, error.into(), scratch),
@@ -188,13 +194,17 @@ impl Clients {
     fn next_socket(&mut self, target: SocketAddr) -> io::Result<OwnedFd> {
         let mut result = Err(io::ErrorKind::AddrInUse.into());
         for _ in 0..SOURCE_TRIES {
-            result = open_socket(source(self.sources), target);
+            result = open_socket(source(self.part(), self.sources), target);
             self.sources += 1;
             if !matches!(&result, Err(error) if error.kind() == io::ErrorKind::AddrInUse) {
                 break;
             }
         }
         result
+    }
+
+    fn part(&self) -> usize {
+        ((self.tag & !TAG_MASK) >> PART_SHIFT) as usize
     }
 
     /// Starts an operation on a connection that has none.
@@ -205,7 +215,7 @@ impl Clients {
         connection.to_receive = self.shape.response_bytes;
         // Nearly always it can be sent at once: the peer's last bytes came after it had read ours. On loopback even
         // the handshake is over by now.
-        if let Standing::Failed(error) = connection.send(scratch) {
+        if let Standing::Failed(error) = connection.send(scratch, &self.shape) {
             self.failed(epoll, key, error, scratch);
         }
     }
@@ -278,7 +288,7 @@ impl Connection {
         let ended = flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR);
         if self.to_send > 0
             && flags.contains(EventFlags::OUT)
-            && let Standing::Failed(error) = self.send(scratch)
+            && let Standing::Failed(error) = self.send(scratch, shape)
         {
             return Standing::Failed(error);
         }
@@ -300,7 +310,11 @@ impl Connection {
         }
     }
 
-    fn send(&mut self, scratch: &Scratch) -> Standing {
+    fn send(&mut self, scratch: &mut Scratch, shape: &Shape) -> Standing {
+        if self.to_send == shape.request_bytes {
+            let Shape { request_bytes, response_bytes, .. } = *shape;
+            Exchange { request_bytes, response_bytes }.write(&mut scratch.bytes);
+        }
         let Moved { bytes, end } = scratch.send_all(self.socket.as_fd(), self.to_send);
         self.to_send -= bytes;
         match end {
@@ -325,14 +339,11 @@ fn open_socket(source: SocketAddrV4, target: SocketAddr) -> io::Result<OwnedFd> 
 
 /// The address of the n-th connection. Chosen here, because tens of thousands of closed connections a few seconds old
 /// (`TIME_WAIT`) would make the system's search for a free port slow, and in the end fail.
-fn source(n: usize) -> SocketAddrV4 {
+/// Each kind of client has a network of its own.
+fn source(part: usize, n: usize) -> SocketAddrV4 {
     let (port, address) = (n % SOURCE_PORTS, n / SOURCE_PORTS % 65_536);
     SocketAddrV4::new(
-        Ipv4Addr::new(127, 100, (address >> 8) as u8, address as u8),
+        Ipv4Addr::new(127, 100 + part as u8, (address >> 8) as u8, address as u8),
         SOURCE_PORT_FIRST + port as u16,
     )
-}
-
-fn period(rate: f64) -> Duration {
-    Duration::from_secs_f64(1.0 / rate)
 }

@@ -1,4 +1,4 @@
-//! The load: clients and the two backends, in one thread around one epoll.
+//! The load: clients and the two backends, TCP and UDP, in one thread around one epoll.
 //!
 //! It must cost less than what it measures. So it is one thread (no wake-ups between clients and backends), edge
 //! triggered (one receive and one send for a small message, nothing that ends in `EAGAIN`), and it discards bulk bytes in
@@ -8,6 +8,7 @@
 mod backends;
 mod clients;
 mod slots;
+mod udp;
 
 use std::io;
 use std::net::SocketAddr;
@@ -23,13 +24,30 @@ use rustix::net::{RecvFlags, SendFlags};
 
 use backends::Backends;
 use clients::Clients;
+pub use udp::{Train, UdpShape};
+use udp::{UdpBackends, UdpClients};
 
-/// What the load looks like.
+/// All that runs at once.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Mix {
+    /// Kinds of TCP clients.
+    pub tcp: Vec<Shape>,
+    /// Kinds of UDP clients.
+    pub udp: Vec<UdpShape>,
+}
+
+impl From<Shape> for Mix {
+    fn from(shape: Shape) -> Self {
+        Self { tcp: vec![shape], udp: Vec::new() }
+    }
+}
+
+/// What one kind of TCP client does.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Shape {
     /// Client connections at once.
     pub connections: usize,
-    /// Bytes of a request. Not 0.
+    /// Bytes of a request. 16 or more: its first say what the exchange is.
     pub request_bytes: usize,
     /// Bytes of a response. Not 0.
     pub response_bytes: usize,
@@ -89,12 +107,25 @@ pub enum LoadError {
     System(#[from] io::Error),
 }
 
-/// What happened between two moments.
+/// What all clients and backends did between two moments.
+#[derive(Debug)]
+pub struct Windows {
+    /// One for each kind of client: TCP, then UDP, in the order of the [`Mix`].
+    pub parts: Vec<Window>,
+    /// Payload bytes delivered to backends.
+    pub backend_bytes: u64,
+    /// Datagrams that clients and backends sent.
+    pub datagrams_sent: u64,
+    /// Datagrams that arrived at one of them.
+    pub datagrams_received: u64,
+}
+
+/// What one kind of client did between two moments.
 #[derive(Debug)]
 pub struct Window {
     /// Operations that came to their end.
     pub operations: u64,
-    /// Payload bytes delivered, both ways.
+    /// Payload bytes delivered to clients.
     pub bytes: u64,
     /// Operations that failed.
     pub errors: u64,
@@ -131,19 +162,33 @@ impl Window {
 /// Clients and backends of one measurement.
 pub struct Load {
     epoll: OwnedFd,
-    events: Vec<Event>,
     scratch: Scratch,
     backends: Backends,
-    clients: Clients,
-    backend_bytes_before: u64,
+    udp_backends: UdpBackends,
+    clients: Vec<Clients>,
+    udp_clients: Vec<UdpClients>,
+    before: Counts,
     interrupted: Arc<AtomicBool>,
 }
 
-/// Event keys carry their kind above the 56 bits that [`slots::Slots`] uses.
+/// What is counted for ever, and taken as differences.
+#[derive(Debug, Clone, Copy, Default)]
+struct Counts {
+    backend_bytes: u64,
+    datagrams_sent: u64,
+    datagrams_received: u64,
+}
+
+/// Event keys carry whose they are above the 56 bits that [`slots::Slots`] uses: the kind of socket in the upper four, the
+/// kind of client in the lower four.
 const TAG_CLIENT: u64 = 0;
-const TAG_BACKEND: u64 = 1 << 56;
-const TAG_LISTENER: u64 = 2 << 56;
-const TAG_MASK: u64 = 0xff << 56;
+const TAG_BACKEND: u64 = 1 << 60;
+const TAG_LISTENER: u64 = 2 << 60;
+const TAG_UDP_CLIENT: u64 = 3 << 60;
+const TAG_UDP_BACKEND: u64 = 4 << 60;
+const TAG_MASK: u64 = 0xf << 60;
+const PART_SHIFT: u32 = 56;
+const KEY_MASK: u64 = (1 << PART_SHIFT) - 1;
 /// One registration for a connection's whole life.
 const EVERY_EDGE: EventFlags =
     EventFlags::IN.union(EventFlags::OUT).union(EventFlags::RDHUP).union(EventFlags::ET);
@@ -154,29 +199,45 @@ const SLEEP_MAX: Duration = Duration::from_millis(100);
 
 impl Load {
     /// Starts the backends; no client yet. Ends early with [`LoadError::Interrupted`] once `interrupted` is set.
-    pub fn new(shape: &Shape, interrupted: Arc<AtomicBool>) -> io::Result<Self> {
+    pub fn new(mix: &Mix, interrupted: Arc<AtomicBool>) -> io::Result<Self> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
-        let backends = Backends::listen(epoll.as_fd(), shape)?;
-        let clients = Clients::new(shape);
-        let events = Vec::with_capacity(EVENTS_MAX);
-        let scratch = Scratch::new();
-        Ok(Self { epoll, events, scratch, backends, clients, backend_bytes_before: 0, interrupted })
+        let backends = Backends::listen(epoll.as_fd())?;
+        let udp_backends = UdpBackends::bind(epoll.as_fd(), backends.addresses(), &mix.udp)?;
+        let mut load = Self {
+            epoll,
+            scratch: Scratch::new(),
+            backends,
+            udp_backends,
+            clients: Vec::new(),
+            udp_clients: Vec::new(),
+            before: Counts::default(),
+            interrupted,
+        };
+        load.reshape(mix);
+        Ok(load)
     }
 
-    /// Where the backends listen.
+    /// Where the backends listen, for TCP and for UDP.
     pub fn backends(&self) -> &[SocketAddr] {
         self.backends.addresses()
     }
 
-    /// Closes all client connections; those of the next [`Load::open`] are of this shape. The backends stay as they are:
-    /// requests and responses must be as long as before.
-    pub fn reshape(&mut self, shape: &Shape) {
-        self.clients = Clients::new(shape);
+    /// Closes all clients' sockets; those of the next [`Load::open`] are of this mix. The backends stay as they are.
+    pub fn reshape(&mut self, mix: &Mix) {
+        self.clients = (0..).zip(&mix.tcp).map(|(part, shape)| Clients::new(shape, part)).collect();
+        let parts = self.clients.len() as u64..;
+        self.udp_clients = parts.zip(&mix.udp).map(|(part, shape)| UdpClients::new(shape, part)).collect();
     }
 
     /// Opens the clients' connections, to `targets` in turn: one proxy, or the backends themselves.
-    pub fn open(&mut self, targets: &[SocketAddr]) {
-        self.clients.open(self.epoll.as_fd(), targets, &mut self.scratch);
+    pub fn open(&mut self, targets: &[SocketAddr]) -> io::Result<()> {
+        for clients in &mut self.clients {
+            clients.open(self.epoll.as_fd(), targets, &mut self.scratch);
+        }
+        for clients in &mut self.udp_clients {
+            clients.open(self.epoll.as_fd(), targets, &mut self.scratch)?;
+        }
+        Ok(())
     }
 
     /// Lets the load run for so long.
@@ -188,8 +249,9 @@ impl Load {
     /// With [`After::Hold`]: runs until all connections are open and did their exchange.
     pub fn run_until_held(&mut self, connections: usize, patience: Duration) -> Result<(), LoadError> {
         let end = Instant::now() + patience;
-        self.run_until(end, |clients| clients.held() >= connections)?;
-        match self.clients.held() {
+        let held = |clients: &[Clients]| clients.iter().map(Clients::held).sum::<usize>();
+        self.run_until(end, |clients| held(clients) >= connections)?;
+        match held(&self.clients) {
             held if held >= connections => Ok(()),
             held => {
                 Err(LoadError::Stalled { errors: 0, last: format!("{held} of {connections} flows are open") })
@@ -199,18 +261,36 @@ impl Load {
 
     /// Counts from here on.
     pub fn begin_window(&mut self) {
-        self.backend_bytes_before = self.backends.bytes_received;
-        self.clients.begin_window();
+        self.before = self.counts();
+        self.clients.iter_mut().for_each(Clients::begin_window);
+        self.udp_clients.iter_mut().for_each(UdpClients::begin_window);
     }
 
     /// What happened since [`Load::begin_window`].
-    pub fn end_window(&mut self) -> Window {
-        let mut window = self.clients.end_window();
-        window.bytes += self.backends.bytes_received - self.backend_bytes_before;
-        window
+    pub fn end_window(&mut self) -> Windows {
+        let mut parts: Vec<Window> = self.clients.iter_mut().map(Clients::end_window).collect();
+        parts.extend(self.udp_clients.iter_mut().map(UdpClients::end_window));
+        let (now, before) = (self.counts(), self.before);
+        Windows {
+            parts,
+            backend_bytes: now.backend_bytes - before.backend_bytes,
+            datagrams_sent: now.datagrams_sent - before.datagrams_sent,
+            datagrams_received: now.datagrams_received - before.datagrams_received,
+        }
     }
 
-    fn run_until(&mut self, end: Instant, done: impl Fn(&Clients) -> bool) -> Result<(), LoadError> {
+    fn counts(&self) -> Counts {
+        let mut counts = self.udp_backends.counts;
+        counts.backend_bytes += self.backends.bytes_received;
+        for clients in &self.udp_clients {
+            counts.datagrams_sent += clients.counts.datagrams_sent;
+            counts.datagrams_received += clients.counts.datagrams_received;
+        }
+        counts
+    }
+
+    fn run_until(&mut self, end: Instant, done: impl Fn(&[Clients]) -> bool) -> Result<(), LoadError> {
+        let mut events = Vec::with_capacity(EVENTS_MAX);
         loop {
             let now = Instant::now();
             if now >= end || done(&self.clients) {
@@ -219,40 +299,85 @@ impl Load {
             if self.interrupted.load(Ordering::Relaxed) {
                 return Err(LoadError::Interrupted);
             }
-            self.clients.check(now)?;
-            // With a rate it never sleeps: it has a processor of its own, and timers would add their slack to the latency.
-            let spins = self.clients.start_due(self.epoll.as_fd(), now, &mut self.scratch);
-            let sleep = if spins { Duration::ZERO } else { SLEEP_MAX.min(end - now) };
-            self.poll(sleep)?;
+            let mut sleep = SLEEP_MAX.min(end - now);
+            for clients in &mut self.clients {
+                clients.check(now)?;
+                // With a rate it never sleeps: it has a processor of its own, and timers would add their slack to the
+                // latency.
+                if clients.start_due(self.epoll.as_fd(), now, &mut self.scratch) {
+                    sleep = Duration::ZERO;
+                }
+            }
+            for clients in &mut self.udp_clients {
+                clients.check(now)?;
+                clients.send_again(now, &mut self.scratch);
+                if clients.start_due(now, &mut self.scratch) {
+                    sleep = Duration::ZERO;
+                }
+            }
+            self.poll(&mut events, sleep)?;
         }
     }
 
-    fn poll(&mut self, sleep: Duration) -> io::Result<()> {
+    fn poll(&mut self, events: &mut Vec<Event>, sleep: Duration) -> io::Result<()> {
         let timeout = rustix::event::Timespec { tv_sec: 0, tv_nsec: i64::from(sleep.subsec_nanos()) };
-        let mut events = std::mem::take(&mut self.events);
         events.clear();
-        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&timeout)) {
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(events), Some(&timeout)) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        for event in &events {
+        let Self { epoll, scratch, backends, udp_backends, clients, udp_clients, .. } = self;
+        let epoll = epoll.as_fd();
+        for event in events.iter() {
             let (data, flags) = (event.data.u64(), event.flags);
-            let key = data & !TAG_MASK;
+            let (key, part) = (data & KEY_MASK, ((data & !TAG_MASK) >> PART_SHIFT) as usize);
             match data & TAG_MASK {
-                TAG_CLIENT => self.clients.ready(self.epoll.as_fd(), key, flags, &mut self.scratch),
-                TAG_BACKEND => self.backends.ready(key, flags, &mut self.scratch),
-                _ => self.backends.accept(self.epoll.as_fd(), key as usize)?,
+                TAG_CLIENT => clients[part].ready(epoll, key, flags, scratch),
+                TAG_BACKEND => backends.ready(key, flags, scratch),
+                TAG_UDP_CLIENT => udp_clients[part - clients.len()].ready(key, scratch),
+                TAG_UDP_BACKEND => udp_backends.ready(key as usize, scratch)?,
+                _ => backends.accept(epoll, key as usize)?,
             }
         }
-        self.events = events;
         Ok(())
     }
 }
 
-/// Bytes to send and a place to receive, shared by all connections: nobody looks at what is in them.
+/// How far operations at a rate are apart.
+fn period(rate: f64) -> Duration {
+    Duration::from_secs_f64(1.0 / rate)
+}
+
+/// Bytes to send and a place to receive, shared by all connections: nobody looks at what is in them, but for the first few,
+/// which are written just before they are sent.
 #[derive(Debug)]
 struct Scratch {
     bytes: Box<[u8]>,
+}
+
+/// What a TCP connection exchanges, over and over: its first request begins with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Exchange {
+    request_bytes: usize,
+    response_bytes: usize,
+}
+
+impl Exchange {
+    const BYTES: usize = 16;
+
+    fn write(self, to: &mut [u8]) {
+        to[..8].copy_from_slice(&(self.request_bytes as u64).to_le_bytes());
+        to[8..Self::BYTES].copy_from_slice(&(self.response_bytes as u64).to_le_bytes());
+    }
+
+    /// None where it is too short or makes no sense.
+    fn read(from: &[u8]) -> Option<Self> {
+        let (request, rest) = from.split_first_chunk()?;
+        let (response, _) = rest.split_first_chunk()?;
+        let [request_bytes, response_bytes] =
+            [request, response].map(|bytes| u64::from_le_bytes(*bytes) as usize);
+        (request_bytes > 0).then_some(Self { request_bytes, response_bytes })
+    }
 }
 
 /// What a receive or send brought.
@@ -292,6 +417,16 @@ impl Scratch {
         Moved { bytes, end }
     }
 
+    /// Receives once. The error is the end; none where there is nothing for now.
+    fn receive_once(&mut self, socket: BorrowedFd<'_>) -> Result<usize, Option<io::Error>> {
+        match rustix::net::recv(socket, &mut *self.bytes, RecvFlags::empty()) {
+            Ok((0, _)) => Err(Some(io::ErrorKind::UnexpectedEof.into())),
+            Ok((received, _)) => Ok(received),
+            Err(Errno::AGAIN | Errno::INTR) => Err(None),
+            Err(error) => Err(Some(error.into())),
+        }
+    }
+
     /// Sends up to `count` bytes, as many as the socket takes now.
     fn send_all(&self, socket: BorrowedFd<'_>, count: usize) -> Moved {
         let mut bytes = 0;
@@ -315,10 +450,10 @@ impl Scratch {
 mod tests {
     use super::*;
 
-    fn load(shape: &Shape) -> Load {
-        let mut load = Load::new(shape, Arc::default()).unwrap();
+    fn load(mix: impl Into<Mix>) -> Load {
+        let mut load = Load::new(&mix.into(), Arc::default()).unwrap();
         let backends = load.backends().to_vec();
-        load.open(&backends);
+        load.open(&backends).unwrap();
         load
     }
 
@@ -326,17 +461,25 @@ mod tests {
         Shape { connections: 8, request_bytes: 64, response_bytes: 16 * 1024, after, pace }
     }
 
-    fn window(load: &mut Load, millis: u64) -> Window {
+    fn windows(load: &mut Load, millis: u64) -> Windows {
         load.run(Duration::from_millis(20)).unwrap();
         load.begin_window();
         load.run(Duration::from_millis(millis)).unwrap();
         load.end_window()
     }
 
+    /// Of a load of one kind; with the bytes that backends got.
+    fn window(load: &mut Load, millis: u64) -> Window {
+        let mut got = windows(load, millis);
+        let mut part = got.parts.remove(0);
+        part.bytes += got.backend_bytes;
+        part
+    }
+
     #[test]
     fn closed_loop_counts_what_it_moves() {
         for after in [After::Again, After::Close, After::Reset] {
-            let got = window(&mut load(&shape(after, Pace::Closed)), 100);
+            let got = window(&mut load(shape(after, Pace::Closed)), 100);
             assert!(got.operations > 100 && got.errors == 0, "{after:?}: {got:?}");
             // Up to 8 exchanges are cut at each end of the window.
             let exchanges = got.bytes as f64 / f64::from(64 + 16 * 1024);
@@ -350,14 +493,14 @@ mod tests {
 
     #[test]
     fn a_rate_is_kept_and_counts_from_when_it_was_due() {
-        let got = window(&mut load(&shape(After::Again, Pace::Rate(1000.0))), 500);
+        let got = window(&mut load(shape(After::Again, Pace::Rate(1000.0))), 500);
         assert!((490..=510).contains(&(got.operations + got.unfinished)), "{got:?}");
         assert_eq!(got.errors, 0);
     }
 
     #[test]
     fn a_rate_that_cannot_be_kept_shows_in_the_latency() {
-        let got = window(&mut load(&shape(After::Again, Pace::Rate(10_000_000.0))), 100);
+        let got = window(&mut load(shape(After::Again, Pace::Rate(10_000_000.0))), 100);
         assert!(got.unfinished > 0, "{got:?}");
         assert!(
             got.latency.value_at_quantile(0.9) > 20_000_000,
@@ -368,23 +511,85 @@ mod tests {
     #[test]
     fn bulk_is_counted_in_bytes() {
         let bulk = Shape { connections: 2, request_bytes: 16 << 20, ..shape(After::Again, Pace::Closed) };
-        let got = window(&mut load(&bulk), 200);
+        let got = window(&mut load(bulk), 200);
         assert!(got.bytes > 32 << 20 && got.errors == 0, "{got:?}");
+    }
+
+    fn udp(flows: usize, request: Train, response: Train, pace: Pace) -> UdpShape {
+        UdpShape { flows, request, response, pace }
+    }
+
+    #[test]
+    fn datagrams_are_answered_and_none_is_lost() {
+        let single = Train::single(64);
+        let echo = udp(64, single, single, Pace::Closed);
+        let mut load = load(Mix { tcp: Vec::new(), udp: vec![echo] });
+        let got = windows(&mut load, 100);
+        let part = &got.parts[0];
+        assert!(part.operations > 100 && part.errors == 0, "{got:?}");
+        // Two datagrams an operation; what is under way at either end of the window is in one of the counts.
+        assert!(got.datagrams_received.abs_diff(part.operations * 2) <= 128, "{got:?}");
+        assert!(got.datagrams_sent.abs_diff(got.datagrams_received) <= 128, "{got:?}");
+        assert_eq!(part.bytes + got.backend_bytes, got.datagrams_received * 64);
+    }
+
+    #[test]
+    fn trains_are_counted_datagram_by_datagram() {
+        let (single, train) = (Train::single(64), Train::of(16));
+        let up = udp(2, train, single, Pace::Closed);
+        let down = udp(2, single, train, Pace::Closed);
+        let got = windows(&mut load(Mix { tcp: Vec::new(), udp: vec![up, down] }), 100);
+        for part in &got.parts {
+            assert!(part.operations > 50 && part.errors == 0, "{got:?}");
+        }
+        let operations: u64 = got.parts.iter().map(|part| part.operations).sum();
+        assert!(got.datagrams_received.abs_diff(operations * 17) <= 4 * 17 * 2, "{got:?}");
+    }
+
+    #[test]
+    fn nobody_who_answers_is_an_error() {
+        let shape = udp(2, Train::single(64), Train::single(64), Pace::Closed);
+        let mut load = Load::new(&Mix { tcp: Vec::new(), udp: vec![shape] }, Arc::default()).unwrap();
+        let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        load.open(&[silent.local_addr().unwrap()]).unwrap();
+        let error = load.run(Duration::from_secs(30)).unwrap_err();
+        assert!(matches!(error, LoadError::Stalled { .. }), "{error}");
+    }
+
+    #[test]
+    fn kinds_run_side_by_side_and_keep_their_rates() {
+        let rate = |connections, response_bytes, after, rate| Shape {
+            connections,
+            response_bytes,
+            pace: Pace::Rate(rate),
+            ..shape(after, Pace::Closed)
+        };
+        let tcp = vec![rate(8, 64, After::Again, 500.0), rate(4, 1 << 20, After::Close, 50.0)];
+        let single = Train::single(64);
+        let got = windows(&mut load(Mix { tcp, udp: vec![udp(8, single, single, Pace::Rate(500.0))] }), 500);
+        let done: Vec<u64> = got.parts.iter().map(|part| part.operations + part.unfinished).collect();
+        assert!((240..=260).contains(&done[0]) && (240..=260).contains(&done[2]), "{done:?}");
+        assert!((23..=27).contains(&done[1]), "{done:?}");
+        let megabytes = got.parts[1].bytes as f64 / f64::from(1 << 20);
+        assert!(
+            (megabytes - got.parts[1].operations as f64).abs() < 5.0,
+            "each got what it asked for: {got:?}"
+        );
     }
 
     #[test]
     fn holds_what_it_opened() {
         let hold = Shape { connections: 200, ..shape(After::Hold, Pace::Closed) };
-        let mut load = load(&hold);
+        let mut load = load(hold);
         load.run_until_held(200, Duration::from_secs(10)).unwrap();
-        assert_eq!(load.clients.held(), 200);
+        assert_eq!(load.clients[0].held(), 200);
     }
 
     #[test]
     fn nobody_there_is_an_error_and_soon() {
-        let mut load = Load::new(&shape(After::Again, Pace::Closed), Arc::default()).unwrap();
+        let mut load = Load::new(&shape(After::Again, Pace::Closed).into(), Arc::default()).unwrap();
         let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        load.open(&[gone]);
+        load.open(&[gone]).unwrap();
         let error = load.run(Duration::from_secs(30)).unwrap_err();
         assert!(matches!(error, LoadError::TooManyErrors { .. }), "{error}");
     }
@@ -392,7 +597,7 @@ mod tests {
     #[test]
     fn stops_when_asked() {
         let asked = Arc::new(AtomicBool::new(true));
-        let mut load = Load::new(&shape(After::Again, Pace::Closed), asked).unwrap();
+        let mut load = Load::new(&shape(After::Again, Pace::Closed).into(), asked).unwrap();
         assert!(matches!(load.run(Duration::from_secs(30)), Err(LoadError::Interrupted)));
     }
 }

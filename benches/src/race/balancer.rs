@@ -132,7 +132,7 @@ pub(super) fn start(
         _ => command.args(["-db", "-f"]),
     };
     command.arg(&file).current_dir(folder);
-    let mut tree = ProcessTree::spawn(&mut command, cpu, folder.join("balancer.log"))?;
+    let mut tree = ProcessTree::spawn(&mut command, &[cpu], folder.join("balancer.log"))?;
     peer::wait_until_it_accepts(&mut tree, places.listen)?;
     tree.find_descendants()?;
     Ok(tree)

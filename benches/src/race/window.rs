@@ -138,7 +138,7 @@ pub(super) fn run(
     let mut command = Command::new(&machine.myself);
     command.args(["race-backends", "--load", &gate.local_addr()?.to_string()]);
     command.args(["--scenario", &serde_json::to_string(scenario)?, "--seed", &seed.to_string()]);
-    let mut backends = ProcessTree::spawn(&mut command, machine.load_cpu, folder.0.join("backends.log"))?;
+    let mut backends = ProcessTree::spawn(&mut command, &[machine.load_cpu], folder.0.join("backends.log"))?;
     let mut link = Link::accept(&gate, || backends.check()).context("the backends")?;
     let places = places(&mut link, scenario)?;
     let mut tree =

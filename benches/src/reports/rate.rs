@@ -100,7 +100,7 @@ pub(super) fn serve_with(
     let mut command = Command::new(Installed::find(Proxy::Trimtab)?.program);
     // A line for each registration would be part of what is measured.
     command.args(["serve", "-c"]).arg(file).env("RUST_LOG", "warn");
-    let mut tree = ProcessTree::spawn(&mut command, cpu, folder.join("trimtab.log"))?;
+    let mut tree = ProcessTree::spawn(&mut command, &[cpu], folder.join("trimtab.log"))?;
     peer::wait_until_it_accepts(&mut tree, control)?;
     tree.find_descendants()?;
     Ok(tree)

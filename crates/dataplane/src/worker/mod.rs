@@ -119,6 +119,8 @@ pub(crate) struct Worker<I> {
     tuning: Tuning,
     pipes: Pipes,
     flows_max: u32,
+    /// That shared buffers grew in this batch.
+    shared_grown: bool,
     /// Receives that found no buffer, oldest first. At most two for each flow.
     buffer_waits: VecDeque<(u32, u32, Side)>,
     /// When to accept again after running out of something.
@@ -181,6 +183,7 @@ impl<I: Io> Worker<I> {
             tuning: Tuning { full_read_bytes: BUFFER_BYTES, splice_after: SPLICE_AFTER, ..setup.tuning },
             pipes: Pipes::default(),
             flows_max: setup.flows_max,
+            shared_grown: false,
             buffer_waits: VecDeque::new(),
             accept_again: None,
             accept_warned: false,
@@ -249,6 +252,7 @@ impl<I: Io> Worker<I> {
     }
 
     fn begin_batch(&mut self) {
+        self.shared_grown = false;
         for listener in &mut self.listeners {
             listener.begin_batch();
         }
