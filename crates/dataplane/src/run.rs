@@ -475,8 +475,9 @@ impl Dataplane {
     }
 }
 
-fn duplicates(sockets: &[Vec<OwnedFd>]) -> io::Result<Vec<Vec<OwnedFd>>> {
-    sockets.iter().map(|sockets| sockets.iter().map(OwnedFd::try_clone).collect()).collect()
+fn duplicates(listeners: &[Vec<Vec<OwnedFd>>]) -> io::Result<Vec<Vec<Vec<OwnedFd>>>> {
+    let of_port = |workers: &Vec<OwnedFd>| workers.iter().map(OwnedFd::try_clone).collect();
+    listeners.iter().map(|ports| ports.iter().map(of_port).collect()).collect()
 }
 
 /// A worker's thread: starts it, says how that went, and works until it is told to end.

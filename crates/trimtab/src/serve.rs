@@ -5,6 +5,7 @@
 //! ```
 
 use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use allocation::{AllocationTable, PoolName, Publisher};

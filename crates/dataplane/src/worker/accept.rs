@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use allocation::Timestamp;
 use flow::Flow;
+use flow::preface::Routed;
 use uring::{Completion, EnterError, Op, Token};
 
 use super::connect::local_failure;

@@ -118,7 +118,7 @@ impl<I: Io> Worker<I> {
         if shed == Some(Shed::Ports) && self.connect_from_another(index)? {
             return Ok(None);
         }
-        self.count_failed_connect(index, shed.ok_or(failure_of(result)));
+        self.count_failed_connect(index, shed.ok_or_else(|| failure_of(result)));
         Ok(Some(Input::ConnectFailed))
     }
 

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use allocation::Timestamp;
+use allocation::{Reader, Timestamp};
 use flow::{Chunks, Input, Outputs, Side, TimerWheel, Tuning};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use uring::{Completion, EnterError, Group, Op, Setup, SetupError, Token, Wait};

@@ -53,7 +53,8 @@ fn trusting(accepts: Accepts) -> Option<ProxyProtocol> {
 fn with_routes(mut listener: ListenerConfig, routes: Vec<(Route, SocketAddr)>) -> ListenerConfig {
     for (n, (route, backend)) in (1..).zip(routes) {
         let connecting = Connecting::default();
-        let target = Target { pool: pool(&format!("pool{n}")), table: table(&[backend]), connecting };
+        let target =
+            Target { pool: pool(&format!("pool{n}")), table: table(&[backend]), connecting, share: None };
         listener.targets.push(target);
         listener.routes.push(Route { target: n, ..route });
     }

@@ -1067,7 +1067,7 @@ fn every_knob_of_tcp_can_be_changed() {
         ..dataplane::TcpOptions::default()
     };
     let sources = vec!["10.0.0.9".parse().unwrap(), "fd00::9".parse().unwrap()];
-    let sql = dataplane::Connecting { options, fast_open: true, sources, transparent: false };
+    let sql = dataplane::Connecting { proxy: None, options, fast_open: true, sources, transparent: false };
     let other = dataplane::Connecting { transparent: true, ..dataplane::Connecting::default() };
     assert_eq!(config.connecting, [sql, other]);
 }
