@@ -42,8 +42,10 @@ mod towards;
 mod worker;
 
 pub use access::{AccessLogConfig, AccessLogFormat, AccessLogTo};
-pub use config::{Config, Connecting, Limits, ListenerConfig, ListenerLimits, Target, Timeouts};
-pub use config::{Protocol, ServerIdForm, UdpConfig};
+pub use config::{
+    Config, Connecting, Limits, ListenerConfig, ListenerLimits, Protocol, ProxyProtocol, ServerIdForm,
+    Target, Timeouts, UdpConfig,
+};
 pub use engine::{Engine, ProbeError};
 pub use run::{Bound, Dataplane, StartError, WorkerFailed, bind};
 pub use share::{PoolKnobs, PoolShare, QueueKnobs};

@@ -20,17 +20,17 @@ use uring::{Ring, SetupError};
 
 use crate::access::{self, AccessLog, AccessLogTo};
 use crate::clock::Clock;
-use crate::config::{Config, Limits, Protocol, Target};
+use crate::config::{Config, Limits, ListenerConfig, Protocol, Target, Timeouts};
 use crate::engine::{Engine, Epoll, ProbeError, TokioUring, choose, next_best};
 use crate::io::Io;
 use crate::listen;
 use crate::pipes::PIPES_MAX;
-use crate::stats::{Stats, WorkerStats};
+use crate::stats::{ListenerNames, Stats, WorkerStats};
 use crate::tcp::{ListenError, Refused};
 use crate::towards::Towards;
 use crate::worker::admit::Gate;
 use crate::worker::udp::UdpShared;
-use crate::worker::{self, ListenerSetup, TargetSetup, Worker, WorkerSetup};
+use crate::worker::{self, ListenerSetup, Sorter, TargetSetup, Worker, WorkerSetup};
 
 /// Descriptors kept back from flows for rings, listeners, control, files; and for each worker's pipes.
 const DESCRIPTORS_RESERVED: u64 = 128;
@@ -139,8 +139,8 @@ pub struct Bound {
     workers: usize,
     pin: Vec<usize>,
     addresses: Vec<SocketAddr>,
-    /// By listener, then by worker.
-    sockets: Vec<Vec<OwnedFd>>,
+    /// By listener, then by port, then by worker.
+    sockets: Vec<Vec<Vec<OwnedFd>>>,
     /// One for each pool.
     towards: Vec<Arc<Towards>>,
     /// By listener.
@@ -210,19 +210,12 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
     let mut addresses = Vec::new();
     let mut sockets = Vec::new();
     for listener in &config.listeners {
-        let bound = match &listener.protocol {
-            Protocol::Tcp => listen::listen(listener.bind, workers, &listener.tcp, config.timeouts.keepalive),
-            // Where each flow takes so many datagrams, trains of them would have to be cut.
-            Protocol::Udp(udp) => {
-                listen::listen_udp(listener.bind, workers, udp.requests == 0).map_err(ListenError::Io)
-            }
-        };
-        match bound {
+        match listen_at_ports(listener, workers, &config.timeouts) {
             Ok((address, bound)) => {
                 addresses.push(address);
                 sockets.push(bound);
             }
-            Err(error) => errors.push(listen_error(listener.protocol.name(), listener.bind, error)),
+            Err(error) => errors.push(error),
         }
     }
     let towards = towards(&config);
@@ -233,14 +226,13 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
     }
     let Some(engine) = engine.filter(|_| errors.is_empty()) else { return Err(errors) };
     let stats = Stats {
-        listeners: config
-            .listeners
+        listeners: addresses
             .iter()
-            .zip(&addresses)
-            .map(|(listener, address)| (listener.protocol.name(), *address, listener.pool().clone()))
+            .zip(&config.listeners)
+            .map(|(at, l)| ListenerNames::new(*at, l))
             .collect(),
         workers: (0..workers)
-            .map(|_| Arc::new(WorkerStats::new(config.listeners.len(), config.decision_sample)))
+            .map(|_| Arc::new(WorkerStats::new(&config.listeners, config.decision_sample)))
             .collect(),
         engine: Mutex::new(engine),
         buffer_bytes: AtomicU64::new(0),
@@ -390,7 +382,8 @@ impl Bound {
     ) -> WorkerSetup {
         let limits = self.config.limits;
         let flows_max = flows_max(&limits, self.workers);
-        let listeners = self.sockets.iter_mut().zip(&self.config.listeners).zip(&self.gates);
+        let listeners =
+            self.sockets.iter_mut().zip(&self.addresses).zip(&self.config.listeners).zip(&self.gates);
         let towards = &self.towards;
         let target_setup = |target: &Target| {
             let towards = towards.iter().find(|towards| *towards.pool() == target.pool)?;
@@ -409,16 +402,17 @@ impl Bound {
             buffer_bytes: Arc::clone(&self.stats),
             listeners: listeners
                 .enumerate()
-                .map(|(index, ((sockets, listener), gate))| ListenerSetup {
-                    socket: sockets.remove(0),
+                .map(|(index, (((ports, address), listener), gate))| ListenerSetup {
+                    sockets: (address.port()..)
+                        .zip(ports.iter_mut().map(|workers| workers.remove(0)))
+                        .collect(),
                     backlog: listener.tcp.backlog,
                     targets: listener.targets.iter().filter_map(target_setup).collect(),
                     gate: gate.clone(),
+                    sorter: Sorter::new(listener),
                     udp: match &listener.protocol {
                         Protocol::Tcp => None,
-                        Protocol::Udp(udp) => {
-                            Some((udp.clone(), self.addresses[index], Arc::clone(&datagrams[index])))
-                        }
+                        Protocol::Udp(udp) => Some((udp.clone(), *address, Arc::clone(&datagrams[index]))),
                     },
                 })
                 .collect(),
@@ -430,6 +424,7 @@ impl Bound {
                 limits.buffers_max
             },
             tuning: Tuning {
+                preface_timeout: self.config.timeouts.preface,
                 connect_timeout: self.config.timeouts.connect,
                 idle_timeout: self.config.timeouts.idle,
                 connect_retries: limits.connect_retries.min(allocation::Excluded::MAX as u8 - 1),
@@ -495,8 +490,9 @@ impl Dataplane {
     }
 }
 
-fn duplicates(sockets: &[Vec<OwnedFd>]) -> io::Result<Vec<Vec<OwnedFd>>> {
-    sockets.iter().map(|sockets| sockets.iter().map(OwnedFd::try_clone).collect()).collect()
+fn duplicates(listeners: &[Vec<Vec<OwnedFd>>]) -> io::Result<Vec<Vec<Vec<OwnedFd>>>> {
+    let of_port = |workers: &Vec<OwnedFd>| workers.iter().map(OwnedFd::try_clone).collect();
+    listeners.iter().map(|ports| ports.iter().map(of_port).collect()).collect()
 }
 
 /// A worker's thread: starts it, says how that went, and works until it is told to end.
@@ -537,6 +533,31 @@ const fn instead(engine: Engine) -> &'static str {
 fn seed() -> u64 {
     use std::hash::{BuildHasher as _, Hasher as _};
     std::hash::RandomState::new().build_hasher().finish()
+}
+
+/// A listener's first address, and its sockets by port and worker.
+fn listen_at_ports(
+    listener: &ListenerConfig,
+    workers: usize,
+    timeouts: &Timeouts,
+) -> Result<(SocketAddr, Vec<Vec<OwnedFd>>), StartError> {
+    let first = listener.bind.port();
+    let mut address = listener.bind;
+    let mut sockets = Vec::new();
+    for port in first..=listener.last_port.unwrap_or(first) {
+        let at = SocketAddr::new(listener.bind.ip(), port);
+        let bound = match &listener.protocol {
+            Protocol::Tcp => listen::listen(at, workers, &listener.tcp, timeouts.keepalive),
+            // Where each flow takes so many datagrams, trains of them would have to be cut.
+            Protocol::Udp(udp) => listen::listen_udp(at, workers, udp.requests == 0).map_err(ListenError::Io),
+        };
+        let (bound, of_port) = bound.map_err(|error| listen_error(listener.protocol.name(), at, error))?;
+        if sockets.is_empty() {
+            address = bound;
+        }
+        sockets.push(of_port);
+    }
+    Ok((address, sockets))
 }
 
 fn listen_error(protocol: &'static str, address: SocketAddr, error: ListenError) -> StartError {

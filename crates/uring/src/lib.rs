@@ -32,5 +32,6 @@ pub use lent::Lent;
 pub use ring::{Completion, EnterError, Ring, Setup, SetupError, Wait};
 pub use socket::{
     bind_address_no_port, defer_accept, fast_open, fast_open_connect, receive_destination, receive_trains,
+    set_receive_low_water,
 };
 pub use token::{Op, Token};

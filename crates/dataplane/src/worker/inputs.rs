@@ -147,6 +147,7 @@ impl<I: Io> Worker<I> {
         }
     }
 
+    /// `None`: nothing to tell the flow yet, or ever.
     pub(super) fn connect_input(&mut self, index: u32, result: i32) -> Result<Option<Input>, EnterError> {
         let now = self.now;
         let Some(slot) = self.flows.get_mut(index).filter(|slot| !slot.flow.is_closed()) else {
@@ -164,19 +165,21 @@ impl<I: Io> Worker<I> {
                 noted.connected(took);
             }
             slot.asked_micros = now.micros;
-            slot.tried = Vec::new();
             slot.local_failure = None;
-            return Ok(Some(Input::Connected));
+            return self.greet(index);
         }
         let shed = local_failure(-result);
         if shed == Some(Shed::Ports) && self.connect_from_another(index)? {
             return Ok(None);
         }
-        // Our time is over, or the kernel's (its retries, TCP_USER_TIMEOUT).
-        let timed_out = [Errno::CANCELED, Errno::TIMEDOUT].map(|e| e.raw_os_error()).contains(&-result);
-        let failure = if timed_out { ConnectFailure::TimedOut } else { ConnectFailure::Refused };
-        self.count_failed_connect(index, shed.ok_or(failure));
+        self.count_failed_connect(index, shed.ok_or_else(|| failure_of(result)));
         Ok(Some(Input::ConnectFailed))
+    }
+
+    /// The backend takes the client's bytes.
+    pub(super) fn connected(&mut self, index: u32) -> Option<Input> {
+        self.flows.get_mut(index)?.tried = Vec::new();
+        Some(Input::Connected)
     }
 
     /// A connect failed for want of something of ours, or through the backend.
@@ -198,4 +201,11 @@ fn is_fin_alone(result: i32) -> bool {
     let Ok(events) = u16::try_from(result) else { return false };
     let events = PollFlags::from_bits_retain(events);
     events.contains(PollFlags::RDHUP) && !events.intersects(PollFlags::OUT | PollFlags::ERR | PollFlags::HUP)
+}
+
+/// Why a connect failed, by its negated errno.
+pub(super) fn failure_of(result: i32) -> ConnectFailure {
+    // Our time is over, or the kernel's (its retries, TCP_USER_TIMEOUT).
+    let timed_out = [Errno::CANCELED, Errno::TIMEDOUT].map(|e| e.raw_os_error()).contains(&-result);
+    if timed_out { ConnectFailure::TimedOut } else { ConnectFailure::Refused }
 }

@@ -33,9 +33,12 @@ use crate::slots::Slots;
 use crate::stats::{Stats, WorkerStats};
 use crate::towards::Towards;
 use admit::Gate;
+use preface::Prefaces;
 use queue::Room;
-use slot::{FlowSlot, Listener, Syn, Target};
-use udp::{Udp, UdpListener, UdpShared};
+use slot::{FlowSlot, Listener, Syn};
+use udp::{Udp, UdpShared};
+
+pub(crate) use preface::Sorter;
 
 mod accept;
 pub(crate) mod admit;
@@ -45,6 +48,7 @@ mod inputs;
 mod leave;
 mod noted;
 mod perform;
+mod preface;
 pub(crate) mod queue;
 mod slot;
 mod splice;
@@ -88,13 +92,15 @@ pub(crate) struct WorkerSetup {
 
 /// A listener, before it accepts.
 pub(crate) struct ListenerSetup {
-    pub(crate) socket: OwnedFd,
+    /// One for each port.
+    pub(crate) sockets: Vec<(u16, OwnedFd)>,
     pub(crate) backlog: u16,
     pub(crate) targets: Vec<TargetSetup>,
     /// Who turns new flows away; `None`: nobody is.
     pub(crate) gate: Option<Arc<Gate>>,
     /// Of a listener of datagrams: how, where it is bound, and what its workers share.
     pub(crate) udp: Option<(UdpConfig, SocketAddr, Arc<UdpShared>)>,
+    pub(crate) sorter: Option<Sorter>,
 }
 
 /// A pool that serves a listener.
@@ -138,6 +144,8 @@ pub(crate) struct Worker<I> {
     followups: VecDeque<Input>,
     expired: Vec<u32>,
     udp: Udp,
+    /// What clients send first is looked at here, and headers are made.
+    prefaces: Prefaces,
 }
 
 impl<I: Io> Worker<I> {
@@ -155,19 +163,8 @@ impl<I: Io> Worker<I> {
         let now = setup.clock.now();
         // One retry: nobody resends what UDP loses, and a datagram that kills a backend should not go through all of them.
         let retries = setup.tuning.connect_retries.min(1);
-        let listener = |listener: ListenerSetup| {
-            let target = |target| Target::new(target, setup.worker, seed(setup.worker));
-            let udp = |(config, address, shared)| UdpListener::new(&config, address, retries, shared);
-            Listener {
-                socket: Some(listener.socket),
-                armed: false,
-                closing: false,
-                backlog: listener.backlog,
-                targets: listener.targets.into_iter().map(target).collect(),
-                gate: listener.gate,
-                udp: listener.udp.map(udp),
-            }
-        };
+        let seed = || seed(setup.worker);
+        let listener = |listener| Listener::new(listener, setup.worker, retries, seed);
         setup.buffer_bytes.buffer_bytes.store(u64::from(BUFFER_BYTES), Relaxed);
         let mut worker = Self {
             worker: setup.worker,
@@ -194,17 +191,17 @@ impl<I: Io> Worker<I> {
             outputs: Outputs::new(),
             followups: VecDeque::new(),
             expired: Vec::new(),
-            udp: Udp::new(setup.worker, now.timestamp(), seed(setup.worker), setup.flows_max),
+            udp: Udp::new(setup.worker, now.timestamp(), seed(), setup.flows_max),
+            prefaces: Prefaces::new(seed()),
         };
         worker.open_listeners().map_err(|source| SetupError::Other { step: "listen", source })?;
         Ok(worker)
     }
 
     fn open_listeners(&mut self) -> io::Result<()> {
-        for listener in &self.listeners {
-            if listener.udp.is_none() {
-                let start = |socket| listen::start(socket, listener.backlog);
-                listener.socket.as_ref().map_or(Ok(()), start)?;
+        for listener in self.listeners.iter().filter(|listener| listener.udp.is_none()) {
+            for socket in listener.doors.iter().filter_map(|door| door.socket.as_ref()) {
+                listen::start(socket, listener.backlog)?;
             }
         }
         self.start_udp();
@@ -240,7 +237,7 @@ impl<I: Io> Worker<I> {
         leaving
             && self.flows.len() == 0
             && self.udp.is_empty()
-            && self.listeners.iter().all(|listener| listener.socket.is_none())
+            && self.listeners.iter().all(Listener::is_closed)
     }
 
     fn wait(&self) -> Wait {
@@ -309,7 +306,8 @@ impl<I: Io> Worker<I> {
                 }
                 self.send_input(index, Side::Backend, completion.result)?
             }
-            // However a poll ends, the splice that follows finds out what is the matter.
+            Op::ReadableBackend if slot.asks_for_tls() => self.tls_answered(index, completion.result)?,
+            // However a poll ends, the look or splice that follows finds out what is the matter.
             Op::ReadableClient => Some(Input::Readable { from: Side::Client }),
             Op::ReadableBackend => Some(Input::Readable { from: Side::Backend }),
             Op::WritableClient => self.writable_input(index, Side::Client, completion)?,

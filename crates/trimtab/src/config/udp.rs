@@ -41,6 +41,18 @@ pub(super) fn read(mut section: Section<'_, '_>, is_udp: Option<bool>) -> UdpCon
     read
 }
 
+/// Reports what a listener of datagrams has no use for, rather than leave it without effect.
+pub(super) fn refuse_what_is_of_tcp(section: &mut Section<'_, '_>) {
+    for key in ["proxy_protocol", "trusted", "route", "tcp"] {
+        if section.has(key) {
+            section.report(Problem::new(
+                format!("`listener.{key}` is for listeners of connections"),
+                "remove it, or write bind = \"tcp://…\"",
+            ));
+        }
+    }
+}
+
 /// Nothing else ends a flow of datagrams for certain: never would be a leak.
 fn idle_timeout(text: &str) -> Result<Duration, Problem> {
     above_zero(text).map_err(|mut problem| {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use allocation::{ConnectFailure, FlowKey, LiveFacts, NoBackend, OpenFlow, Selection};
+use flow::preface::Routed;
 use flow::udp::{Cid, ServerIds, Train, Tuple};
 use flow::{CloseReason, Side};
 use rustix::io::Errno;
@@ -43,7 +44,7 @@ impl<I: Io> Worker<I> {
     pub(in super::super) fn datagrams_came(&mut self, completion: &Completion) -> Result<(), EnterError> {
         let index = completion.token.slot as usize;
         if !completion.more {
-            self.listeners[index].armed = false;
+            self.listeners[index].doors[0].armed = false;
             if !self.listeners[index].closing {
                 self.udp.unarmed.push(Unarmed::Listener(index));
             }
@@ -263,7 +264,7 @@ impl<I: Io> Worker<I> {
         let tried = excluded(&table, tried);
         let key = if table.wants_key() { FlowKey::of_client(client.ip()) } else { FlowKey::from_bits(0) };
         let (selection, kept) = target.select(&table, key, &tried, now, || Some(client));
-        self.note(listener as u16, 0, &table, &tried, &selection, kept);
+        self.note(listener as u16, Routed::DEFAULT, &table, &tried, &selection, kept);
         match selection {
             Ok(Selection { index, open, .. }) => Ok((open, table.backend(index).address)),
             Err(why) => {

@@ -261,10 +261,10 @@ impl<I: Io> Worker<I> {
     }
 
     fn arm_listener(&mut self, index: usize) -> Result<(), EnterError> {
-        let listener = &mut self.listeners[index];
-        match &listener.socket {
-            Some(socket) if !listener.armed => {
-                listener.armed = true;
+        let door = &mut self.listeners[index].doors[0];
+        match &door.socket {
+            Some(socket) if !door.armed => {
+                door.armed = true;
                 self.ring.recv_datagrams(socket.as_fd(), Token::new(Op::Datagrams, index as u32, 0))
             }
             _ => Ok(()),
@@ -400,15 +400,15 @@ impl<I: Io> Worker<I> {
         }
         for index in 0..self.listeners.len() {
             let listener = &mut self.listeners[index];
-            if listener.udp.is_none() || listener.socket.is_none() {
+            if listener.udp.is_none() || listener.is_closed() {
                 continue;
             }
-            if listener.armed {
+            if listener.doors[0].armed {
                 // Its last completion comes back here.
                 if !std::mem::replace(&mut listener.closing, true) {
                     self.ring.cancel(Token::new(Op::Datagrams, index as u32, 0))?;
                 }
-            } else if let Some(socket) = listener.socket.take() {
+            } else if let Some(socket) = listener.doors[0].socket.take() {
                 self.ring.close(socket)?;
             }
         }

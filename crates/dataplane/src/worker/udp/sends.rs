@@ -125,9 +125,10 @@ impl<I: Io> Worker<I> {
         }
         let (socket, route) = match to.side {
             Side::Backend => (flow.socket.as_ref(), (None, None)),
-            Side::Client => {
-                (self.listeners[usize::from(to.listener)].socket.as_ref(), (Some(&flow.client), flow.local))
-            }
+            Side::Client => (
+                self.listeners[usize::from(to.listener)].doors[0].socket.as_ref(),
+                (Some(&flow.client), flow.local),
+            ),
         };
         let Some(socket) = socket else { return self.give_up(id, Dropped::Refused) };
         let parts = &self.udp.sends.all[id as usize].parts;
