@@ -196,8 +196,8 @@ impl Starting {
 fn who_hangs_gets_no_connections_until_he_answers_again() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let store = folder.path().join("trimtab.db");
-    let mut config = BalancerConfig::default();
-    config.further = format!("[store]\npath = \"{}\"\n", store.display());
+    let further = format!("[store]\npath = \"{}\"\n", store.display());
+    let mut config = BalancerConfig { further, ..BalancerConfig::default() };
     let kinds = kinds();
     let listeners: Vec<SocketAddr> =
         kinds.iter().map(|(kind, lines, ..)| config.add_pool(kind, &check(kind, lines))).collect();
@@ -364,8 +364,7 @@ fn what_a_service_or_a_program_says_counts() {
     let (certificate, key) = (pki.path("web.pem"), pki.path("web.key"));
     let mut tls = Server::nginx(Some((&certificate, &key)));
     let grpc = Grpc::start();
-    let mut config = BalancerConfig::default();
-    config.pool = check("grpc", "service = \"sql\"");
+    let mut config = BalancerConfig { pool: check("grpc", "service = \"sql\""), ..BalancerConfig::default() };
     let script = "if [ -e \"$1.hang\" ]; then sleep 60; fi; echo $2 is well; test -e \"$1\"";
     let command = format!("command = ['sh', '-c', '{script}', 'sh', '{}', '{{address}}']", flag.display());
     config.add_pool("command", &check("command", &command));
