@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::net::sockopt;
@@ -58,6 +58,12 @@ pub(crate) fn listen_udp(
 /// most `net.core.rmem_max` and `wmem_max`, unless the process may administer the network.
 const DATAGRAM_BUFFER: usize = 4 << 20;
 
+/// Lets a socket keep so many bytes, or as many as the kernel allows.
+pub(crate) fn enlarge_receive_buffer(socket: BorrowedFd<'_>, bytes: usize) {
+    let _ = sockopt::set_socket_recv_buffer_size_force(socket, bytes)
+        .or_else(|_| sockopt::set_socket_recv_buffer_size(socket, bytes));
+}
+
 fn open_udp(bind: SocketAddr, trains: bool, shared: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(bind), Type::DGRAM, Some(Protocol::UDP))?;
     socket.set_reuse_port(shared)?;
@@ -72,8 +78,7 @@ fn open_udp(bind: SocketAddr, trains: bool, shared: bool) -> io::Result<Socket> 
         let _ = uring::receive_trains(socket.as_fd());
     }
     // Smaller buffers lose datagrams earlier; that is all.
-    let _ = sockopt::set_socket_recv_buffer_size_force(&socket, DATAGRAM_BUFFER)
-        .or_else(|_| sockopt::set_socket_recv_buffer_size(&socket, DATAGRAM_BUFFER));
+    enlarge_receive_buffer(socket.as_fd(), DATAGRAM_BUFFER);
     let _ = sockopt::set_socket_send_buffer_size_force(&socket, DATAGRAM_BUFFER)
         .or_else(|_| sockopt::set_socket_send_buffer_size(&socket, DATAGRAM_BUFFER));
     socket.bind(&bind.into())?;

@@ -372,6 +372,23 @@ fn a_flow_that_is_answered_is_over() {
 }
 
 #[test]
+fn a_query_that_comes_with_the_answer_before_it_is_answered() {
+    // Several outstanding on one socket, each answer followed by the next query at once: what dnsperf does.
+    let proxy = Proxy::tuned(&[server_at("127.0.0.1:0", echo)], |udp| udp.responses = 1);
+    let clients: Vec<_> = (0..8).map(|_| proxy.client()).collect();
+    for client in &clients {
+        (0..5).for_each(|_| assert_eq!(client.send(b"query").unwrap(), 5));
+    }
+    for _ in 0..400 {
+        for client in &clients {
+            client.recv(&mut [0; 8]).expect("every query is answered");
+            client.send(b"query").unwrap();
+        }
+    }
+    proxy.finish();
+}
+
+#[test]
 fn requests_are_balanced_one_by_one() {
     let proxy = Proxy::tuned(&[named("a"), named("b")], |udp| (udp.requests, udp.responses) = (1, 1));
     let client = proxy.client();

@@ -227,7 +227,6 @@ impl<I: Io> Worker<I> {
         let (client, local) = (flow.client, flow.local);
         self.over(index, if answered { CloseReason::BackendReset } else { CloseReason::ConnectFailed });
         let generation = self.udp.flows.generation(index);
-        self.udp.flows.unname(index);
         let Some((id, _)) = unsent else { return Ok(()) };
         let (train, part, _) = self.send_of(id);
         let part = part.filter(|_| answered);

@@ -30,6 +30,7 @@ use super::slot::Moved;
 use super::{ACCEPT_REST, Worker};
 use crate::config::UdpConfig;
 use crate::io::Io;
+use crate::listen;
 use crate::stats::Dropped;
 use sends::Sends;
 
@@ -50,6 +51,8 @@ const KEPT_BYTES: u32 = 1_472;
 const KEPT_PER_FLOW: usize = 8;
 /// Answers of a flow within a batch after which its socket receives trains: a transfer, not an exchange.
 const TRAINS_AFTER: u8 = 8;
+/// Bytes that wait in the socket of a flow that receives trains.
+const TRANSFER_BUFFER: usize = 1 << 20;
 /// IDs of its connection that a flow may learn: a server chooses one with a retry and one with its handshake.
 const CIDS_PER_FLOW: u8 = 4;
 
@@ -277,6 +280,8 @@ impl<I: Io> Worker<I> {
         let Some(socket) = flow.socket.as_ref().filter(|_| !flow.receiving) else { return Ok(()) };
         if flow.trains_wanted && !flow.trains {
             flow.trains = uring::receive_trains(socket.as_fd()).is_ok();
+            // A transfer fills the usual 208 KiB while the worker is busy elsewhere.
+            listen::enlarge_receive_buffer(socket.as_fd(), TRANSFER_BUFFER);
             // Where the kernel has none, it is not asked again.
             flow.trains_wanted = flow.trains;
         }
@@ -320,8 +325,10 @@ impl<I: Io> Worker<I> {
 
     // --- The end of flows -------------------------------------------------------------------------------------------
 
-    /// The flow ends with this batch, after what is queued for its sides.
+    /// The flow ends with this batch, after what is queued for its sides. What its client says from now on, in the same batch
+    /// too, is of another flow: its answers would find nobody here.
     fn over(&mut self, index: u32, reason: CloseReason) {
+        self.udp.flows.unname(index);
         let generation = self.udp.flows.generation(index).unwrap_or_default();
         self.udp.over.push((index, generation, reason));
     }
