@@ -14,9 +14,10 @@
 
 mod chunk;
 pub mod limits;
+pub mod preface;
 mod tcp;
 mod wheel;
 
 pub use chunk::{BufferId, Chunk, Chunks};
-pub use tcp::{CloseReason, FillEnd, Flow, Input, Output, Outputs, RecvEnd, Shot, Side, Tuning};
+pub use tcp::{CloseReason, FillEnd, Flow, Input, Inspection, Output, Outputs, RecvEnd, Shot, Side, Tuning};
 pub use wheel::{TICK, TimerWheel};

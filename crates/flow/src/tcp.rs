@@ -17,6 +17,10 @@
 //! A flow that waits has no backend and asks for none: whoever keeps the queue gives it its turn with [`Input::Room`]. Its
 //! client is read as while connecting, into at most as many buffers.
 //!
+//! A flow that is to be selected by what its client sends first has a phase before: `Preface --Inspected(Done)--> Connecting`.
+//! The client's bytes stay in the kernel meanwhile, so that a slow one holds nothing; its time is bounded from the accept on,
+//! whatever it sends (`preface_timeout`).
+//!
 //! A **half** is one direction, named by its source:
 //!
 //! ```text
@@ -40,6 +44,10 @@ const SHORT_FILLS_MAX: u8 = 4;
 
 /// Reads in a row that leave half of their buffer free, after which a half receives until cancelled again.
 const SMALL_READS: u8 = 8;
+
+/// How long a flow waits before it looks at its preface again, when a poll said that there is more and there was not: at
+/// least this, and then twice as long each time.
+const PREFACE_REST: Duration = Duration::from_millis(20);
 
 /// How long bytes that came before a reset may take to reach the other side, before it is reset too.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -130,6 +138,8 @@ pub enum Input {
         /// On which side.
         from: Side,
     },
+    /// [`Output::Inspect`] was done.
+    Inspected(Inspection),
     /// [`Output::Fill`] was done.
     Filled {
         /// From where.
@@ -157,6 +167,24 @@ pub enum Input {
     Deadline,
     /// Someone above wants it gone.
     Abort(CloseReason),
+}
+
+/// What a look at the client's first bytes found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Inspection {
+    /// More is needed, and a poll will tell when it is there.
+    Incomplete,
+    /// There is nothing that was not there before, whatever the poll said: FIN with bytes before it, or a receive buffer that
+    /// takes no more.
+    Unchanged,
+    /// The preface is read: select.
+    Done,
+    /// It is not what the listener takes.
+    Invalid,
+    /// FIN, and no byte before it.
+    Eof,
+    /// RST, or an error that amounts to it.
+    Reset,
 }
 
 /// Why filling a pipe stopped.
@@ -247,6 +275,8 @@ pub enum Output {
         /// To where.
         to: Side,
     },
+    /// Look at the client's first bytes; answer with [`Input::Inspected`].
+    Inspect,
     /// Say [`Input::Readable`] when the source can be read.
     PollRead {
         /// On which side.
@@ -301,11 +331,17 @@ pub enum CloseReason {
     Shed,
     /// The client said that it has no more to say, before it had said anything, and while the flow waited.
     ClientLeft,
+    /// What a client sends first did not come in time.
+    PrefaceTimeout,
+    /// What a client sent first is not what the listener takes.
+    PrefaceInvalid,
+    /// The client went before it sent anything: a health check of who is in front, mostly.
+    PrefaceMissing,
 }
 
 impl CloseReason {
     /// All of them, in metric order.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 13] = [
         Self::Ended,
         Self::ClientReset,
         Self::BackendReset,
@@ -316,6 +352,9 @@ impl CloseReason {
         Self::Exhausted,
         Self::Shed,
         Self::ClientLeft,
+        Self::PrefaceTimeout,
+        Self::PrefaceInvalid,
+        Self::PrefaceMissing,
     ];
 
     /// Its metric label.
@@ -331,6 +370,9 @@ impl CloseReason {
             Self::Exhausted => "exhausted",
             Self::Shed => "shed",
             Self::ClientLeft => "client_left",
+            Self::PrefaceTimeout => "preface_timeout",
+            Self::PrefaceInvalid => "preface_invalid",
+            Self::PrefaceMissing => "preface_missing",
         }
     }
 }
@@ -338,6 +380,8 @@ impl CloseReason {
 /// What a flow is tuned by: the same for all flows of a listener.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tuning {
+    /// How long the client may take for its preface, from the accept on.
+    pub preface_timeout: Duration,
     /// How long one connect may take.
     pub connect_timeout: Duration,
     /// How long a flow may go without a byte; `None`: for ever.
@@ -357,6 +401,7 @@ pub struct Tuning {
 impl Default for Tuning {
     fn default() -> Self {
         Self {
+            preface_timeout: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(5),
             idle_timeout: Some(Duration::from_secs(3_600)),
             connect_retries: 2,
@@ -370,6 +415,10 @@ impl Default for Tuning {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
+    /// `rests`: the next look is so many doublings of [`PREFACE_REST`] after the accept; 0: a poll tells.
+    Preface {
+        rests: u8,
+    },
     Connecting,
     Waiting,
     Open,
@@ -490,18 +539,34 @@ impl Flow {
     /// A client was accepted: reads it and asks for a backend at once. What the client says before the backend is there
     /// waits, in bounded memory.
     pub fn accepted(now: Timestamp, tuning: &Tuning, out: &mut Outputs) -> Self {
-        let mut flow = Self {
+        let mut flow = Self::new(Phase::Connecting, now, tuning);
+        flow.begin(now, out);
+        flow
+    }
+
+    /// A client was accepted whose first bytes decide where it goes. They are in the kernel's hands until they have.
+    pub fn accepted_with_preface(now: Timestamp, tuning: &Tuning, out: &mut Outputs) -> Self {
+        out.push(Output::PollRead { from: Side::Client });
+        Self::new(Phase::Preface { rests: 0 }, now, tuning)
+    }
+
+    const fn new(phase: Phase, now: Timestamp, tuning: &Tuning) -> Self {
+        Self {
             halves: [Half::NEW; 2],
             since: now,
-            phase: Phase::Connecting,
+            phase,
             retries_left: tuning.connect_retries,
             cancelling_connect: false,
             any_failed: false,
-        };
+        }
+    }
+
+    fn begin(&mut self, now: Timestamp, out: &mut Outputs) {
+        self.phase = Phase::Connecting;
+        self.since = now;
         // The connect first: on loopback and in a rack it is done before the client's bytes are looked at.
         out.push(Output::Connect);
-        flow.arm(Side::Client, out);
-        flow
+        self.arm(Side::Client, out);
     }
 
     /// Whether [`Output::Closed`] was given.
@@ -527,6 +592,8 @@ impl Flow {
     /// When [`Input::Deadline`] is due. It moves with every byte; a timer that fires before it just looks again.
     pub fn deadline(&self, tuning: &Tuning) -> Timestamp {
         match self.phase {
+            Phase::Preface { rests: 0 } => self.since + tuning.preface_timeout,
+            Phase::Preface { rests } => self.since + preface_rest(rests).min(tuning.preface_timeout),
             Phase::Connecting if self.cancelling_connect => Timestamp::NEVER,
             Phase::Connecting => self.since + tuning.connect_timeout,
             Phase::Waiting => self.since,
@@ -592,11 +659,15 @@ impl Flow {
                 self.copy_again(from);
                 self.read_on(from, tuning, out);
             }
+            Input::Readable { .. } if matches!(self.phase, Phase::Preface { .. }) => {
+                out.push(Output::Inspect)
+            }
             Input::Readable { from } => {
                 if self.is_read(from) {
                     out.push(Output::Fill { from });
                 }
             }
+            Input::Inspected(found) => self.inspected(found, now, chunks, out),
             Input::Filled { from, bytes, end } => self.filled(from, bytes, end, now, tuning, chunks, out),
             Input::Writable { to } => {
                 if self.halves[to.opposite().index()].pending > 0 {
@@ -606,6 +677,25 @@ impl Flow {
             Input::Flushed { to, bytes, failed } => self.flushed(to, bytes, failed, now, tuning, chunks, out),
             Input::Deadline => self.deadline_passed(now, tuning, chunks, out),
             Input::Abort(reason) => self.close(reason, chunks, out),
+        }
+    }
+
+    fn inspected(&mut self, found: Inspection, now: Timestamp, chunks: &mut Chunks, out: &mut Outputs) {
+        debug_assert!(matches!(self.phase, Phase::Preface { .. }), "a look was asked for");
+        match found {
+            Inspection::Incomplete => {
+                self.phase = Phase::Preface { rests: 0 };
+                out.push(Output::PollRead { from: Side::Client });
+            }
+            Inspection::Unchanged => {
+                let waited = now.since(self.since);
+                let rests = (1..u8::MAX).find(|rests| preface_rest(*rests) > waited).unwrap_or(u8::MAX);
+                self.phase = Phase::Preface { rests };
+            }
+            Inspection::Done => self.begin(now, out),
+            Inspection::Invalid => self.close(CloseReason::PrefaceInvalid, chunks, out),
+            Inspection::Eof => self.close(CloseReason::PrefaceMissing, chunks, out),
+            Inspection::Reset => self.close(CloseReason::ClientReset, chunks, out),
         }
     }
 
@@ -719,7 +809,7 @@ impl Flow {
                 match self.phase {
                     // Its last bytes are in; how it ended no longer matters.
                     Phase::Dying { dead } if dead == from => self.finish_dying(dead, chunks, out),
-                    Phase::Dying { .. } | Phase::Closed => {}
+                    Phase::Dying { .. } | Phase::Closed | Phase::Preface { .. } => {}
                     Phase::Connecting | Phase::Waiting if why == RecvEnd::Reset => {
                         self.close(CloseReason::ClientReset, chunks, out);
                     }
@@ -814,6 +904,10 @@ impl Flow {
             return;
         }
         match self.phase {
+            Phase::Preface { .. } if now >= self.since + tuning.preface_timeout => {
+                self.close(CloseReason::PrefaceTimeout, chunks, out);
+            }
+            Phase::Preface { .. } => out.push(Output::Inspect),
             Phase::Connecting => {
                 self.cancelling_connect = true;
                 out.push(Output::CancelConnect);
@@ -866,6 +960,7 @@ impl Flow {
     /// Whether bytes from this side are still wanted.
     fn is_read(&self, from: Side) -> bool {
         match self.phase {
+            Phase::Preface { .. } => false,
             Phase::Connecting | Phase::Waiting => from == Side::Client,
             Phase::Open => true,
             Phase::Dying { dead } => from == dead,
@@ -1045,6 +1140,11 @@ impl Flow {
     }
 }
 
+/// How long after the accept the look after so many rests is due; at least one.
+fn preface_rest(rests: u8) -> Duration {
+    PREFACE_REST.saturating_mul(1_u32.checked_shl(u32::from(rests - 1)).unwrap_or(u32::MAX))
+}
+
 const fn reset_by(side: Side) -> CloseReason {
     match side {
         Side::Client => CloseReason::ClientReset,
@@ -1122,6 +1222,75 @@ mod tests {
         );
         let out = b.step(Input::Sent { to: Backend, bytes: 100 });
         assert_eq!(out, [Output::Release(BufferId(0)), Output::Shutdown { to: Backend }]);
+    }
+
+    fn with_preface() -> Bench {
+        let mut bench = Bench::accepted();
+        bench.first.clear();
+        bench.flow = Flow::accepted_with_preface(NOW, &bench.tuning, &mut bench.first);
+        bench
+    }
+
+    const READABLE: Input = Input::Readable { from: Client };
+
+    #[test]
+    fn a_preface_is_looked_at_until_it_is_whole() {
+        let mut b = with_preface();
+        let poll = Output::PollRead { from: Client };
+        assert_eq!(b.first, [poll]);
+        assert_eq!(b.step(READABLE), [Output::Inspect]);
+        assert_eq!(b.step(Input::Inspected(Inspection::Incomplete)), [poll]);
+        let later = NOW + Duration::from_secs(4);
+        assert_eq!(b.step_at(READABLE, later), [Output::Inspect]);
+        let out = b.step_at(Input::Inspected(Inspection::Done), later);
+        assert_eq!(out, [Output::Connect, Output::Recv { from: Client, shot: Shot::Many }]);
+        assert_eq!(b.flow.deadline(&b.tuning), later + b.tuning.connect_timeout, "a time of its own");
+    }
+
+    #[test]
+    fn a_preface_has_its_time_from_the_accept_on() {
+        let mut b = with_preface();
+        let end = NOW + b.tuning.preface_timeout;
+        for millis in [1_000, 4_999] {
+            assert_eq!(b.flow.deadline(&b.tuning), end);
+            let now = Timestamp::from_millis(millis);
+            assert_eq!(b.step_at(Input::Deadline, now), [], "too early: it looks again");
+            b.step_at(READABLE, now);
+            b.step_at(Input::Inspected(Inspection::Incomplete), now);
+        }
+        assert_eq!(b.step_at(Input::Deadline, end), [closed(CloseReason::PrefaceTimeout)]);
+    }
+
+    #[test]
+    fn a_poll_that_brings_nothing_new_is_not_asked_again_at_once() {
+        let mut b = with_preface();
+        b.step(READABLE);
+        b.step(Input::Inspected(Inspection::Unchanged));
+        let mut looks = Vec::new();
+        loop {
+            let now = b.flow.deadline(&b.tuning);
+            looks.push(now.as_millis());
+            let out = b.step_at(Input::Deadline, now);
+            if out != [Output::Inspect] {
+                assert_eq!(out, [closed(CloseReason::PrefaceTimeout)]);
+                break;
+            }
+            assert_eq!(b.step_at(Input::Inspected(Inspection::Unchanged), now), []);
+        }
+        assert_eq!(looks, [20, 40, 80, 160, 320, 640, 1_280, 2_560, 5_000]);
+    }
+
+    #[test]
+    fn a_bad_preface_ends_the_flow() {
+        for (found, reason) in [
+            (Inspection::Invalid, CloseReason::PrefaceInvalid),
+            (Inspection::Eof, CloseReason::PrefaceMissing),
+            (Inspection::Reset, CloseReason::ClientReset),
+        ] {
+            let mut b = with_preface();
+            b.step(READABLE);
+            assert_eq!(b.step(Input::Inspected(found)), [closed(reason)]);
+        }
     }
 
     #[test]
