@@ -57,6 +57,10 @@ pub struct Decision {
     pub worker: u16,
     /// For which listener, in configuration order.
     pub listener: u16,
+    /// To which of its targets its routes gave the flow; 0 is the default.
+    pub target: u16,
+    /// Which of the listener's routes it met, counted from 1; 0: none.
+    pub route: u16,
     /// By which table. It is kept alive by this.
     pub table: Arc<AllocationTable>,
     /// On which side of its split.

@@ -95,6 +95,15 @@ impl HistogramSnapshot {
     }
 }
 
+/// A pool that serves flows of a listener.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TargetSnapshot {
+    /// Its name.
+    pub pool: String,
+    /// Flows that the listener's routes gave to it.
+    pub flows: u64,
+}
+
 /// One listener's counts, summed over the workers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ListenerSnapshot {
@@ -102,8 +111,10 @@ pub struct ListenerSnapshot {
     pub name: String,
     /// `tcp`.
     pub protocol: &'static str,
-    /// The pool it serves.
-    pub pool: String,
+    /// The pools that it serves. The first gets what no route gives to another one.
+    pub targets: Vec<TargetSnapshot>,
+    /// Whether it has routes: without them the targets' flows are not counted.
+    pub has_routes: bool,
     /// Flows accepted from clients.
     pub flows_opened: u64,
     /// Flows open now.
@@ -137,6 +148,14 @@ pub struct OptionsRefused {
     pub pool: String,
     /// By option: a closed set of words.
     pub counts: Vec<(&'static str, u64)>,
+}
+
+impl ListenerSnapshot {
+    /// The pool of a target; that of the first for one that there is not.
+    pub fn pool(&self, target: u16) -> &str {
+        let target = self.targets.get(usize::from(target)).or_else(|| self.targets.first());
+        target.map_or("", |target| &target.pool)
+    }
 }
 
 /// The engine that moves the bytes, and what it holds.

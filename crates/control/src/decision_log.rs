@@ -75,7 +75,7 @@ fn lines(shared: &Shared) -> (String, u64, u64) {
     let mut text = String::new();
     for decision in &decisions {
         let at = wall.saturating_sub(now.since(decision.at));
-        let pool = listeners.get(usize::from(decision.listener)).map_or("", |l| l.pool.as_str());
+        let pool = listeners.get(usize::from(decision.listener)).map_or("", |l| l.pool(decision.target));
         let wire = wire_decision(decision, &listeners, now);
         text.push_str(&line(at, pool, decision.table.policy().name(), &wire).to_string());
         text.push('\n');
@@ -98,6 +98,7 @@ fn line(at: Duration, pool: &str, policy: &str, decision: &v1::Decision) -> serd
         "pool": pool,
         "policy": policy,
         "listener": decision.listener,
+        "route": decision.route,
         "worker": decision.worker,
         "generation": decision.generation,
         "chosen": decision.chosen,

@@ -69,7 +69,9 @@ pub(crate) fn answer(shared: &Shared, question: &Question) -> Result<v1::Explain
         // Those of other pools are sorted out here, so all that are kept are asked for.
         let decisions = shared.dataplane.decisions(usize::MAX).into_iter();
         let of_pool = |decision: &Decision| {
-            listeners.get(usize::from(decision.listener)).is_some_and(|l| l.pool == question.pool.as_str())
+            listeners
+                .get(usize::from(decision.listener))
+                .is_some_and(|l| l.pool(decision.target) == question.pool.as_str())
         };
         let last = decisions.filter(of_pool).take(question.last);
         response.last = last.map(|decision| wire_decision(&decision, &listeners, now)).collect();
@@ -201,6 +203,7 @@ pub(crate) fn wire_decision(
         eligible: table.eligible().len() as u32,
         looks: decision.looks.as_slice().iter().map(look).collect(),
         left_out: left_out.collect(),
+        route: u32::from(decision.route),
     }
 }
 

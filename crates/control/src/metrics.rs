@@ -252,6 +252,7 @@ fn describe() {
     describe_counter!("trimtab_flows_opened_total", "Flows accepted from clients.");
     describe_gauge!("trimtab_flows_open", "Flows open now.");
     describe_counter!("trimtab_flows_closed_total", "Flows ended, by reason.");
+    describe_counter!("trimtab_route_flows_total", "Flows that a listener with routes gave to a pool.");
     describe_counter!("trimtab_bytes_total", "Bytes delivered, by direction.");
     describe_counter!(
         "trimtab_connect_retries_total",
@@ -316,6 +317,12 @@ fn observe_listener(listener: &ListenerSnapshot) {
     counter!("trimtab_connect_retries_total", "listener" => name()).absolute(listener.connect_retries);
     for (reason, count) in &listener.flows_closed {
         counter!("trimtab_flows_closed_total", "listener" => name(), "reason" => *reason).absolute(*count);
+    }
+    if listener.has_routes {
+        for target in &listener.targets {
+            counter!("trimtab_route_flows_total", "listener" => name(), "pool" => target.pool.clone())
+                .absolute(target.flows);
+        }
     }
     for (reason, count) in &listener.sheds {
         counter!("trimtab_sheds_total", "listener" => name(), "reason" => *reason).absolute(*count);

@@ -4,6 +4,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use allocation::{PoolName, Publisher};
+use flow::preface::Route;
+use flow::preface::proxy::{Accepts, Version};
+use ipnet::IpNet;
 
 use crate::access::AccessLogConfig;
 use crate::engine::Engine;
@@ -53,6 +56,13 @@ impl Config {
 pub struct ListenerConfig {
     /// Where to accept. Port 0: any free one.
     pub bind: SocketAddr,
+    /// The last of the ports to accept at, where they are more than one.
+    pub last_port: Option<u16>,
+    /// Every connection begins with a PROXY header.
+    pub proxy: Option<ProxyProtocol>,
+    /// Which flows go to another target than the first; the first route that a flow meets is taken. At most
+    /// [`flow::preface::Routes::MAX`], with targets that there are.
+    pub routes: Vec<Route>,
     /// Whom its flows are given to: the first is the default, and there is one at least.
     pub targets: Vec<Target>,
     /// How TCP behaves towards clients.
@@ -64,18 +74,16 @@ pub struct ListenerConfig {
 impl ListenerConfig {
     /// A listener whose flows go to one pool.
     pub fn new(bind: SocketAddr, pool: PoolName, table: Publisher) -> Self {
-        let connecting = Connecting::default();
+        let target = Target { pool, table, connecting: Connecting::default(), share: None };
         Self {
             bind,
-            targets: vec![Target { pool, table, connecting, share: None }],
+            last_port: None,
+            proxy: None,
+            routes: Vec::new(),
+            targets: vec![target],
             tcp: ListenerTcp::default(),
             limits: ListenerLimits::default(),
         }
-    }
-
-    /// The pool that gets what nothing else is said of.
-    pub(crate) fn pool(&self) -> &PoolName {
-        &self.targets[0].pool
     }
 }
 
@@ -92,9 +100,20 @@ pub struct Target {
     pub share: Option<PoolShare>,
 }
 
+/// The PROXY protocol from whoever connects.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProxyProtocol {
+    /// Which versions.
+    pub accepts: Accepts,
+    /// Who may connect: a header is believed, so anybody else is refused.
+    pub trusted: Vec<IpNet>,
+}
+
 /// How the backends of a pool are connected to.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Connecting {
+    /// The PROXY header that they are sent before anything else.
+    pub proxy: Option<Version>,
     /// How TCP behaves.
     pub options: TcpOptions,
     /// Whether the client's first bytes may go with the SYN (RFC 7413), where they are there before a backend is connected
@@ -152,6 +171,8 @@ pub struct Timeouts {
     pub connect: Duration,
     /// How long a flow may go without a byte in either direction; `None`: for ever.
     pub idle: Option<Duration>,
+    /// How long a client may take for what it sends first, where that decides (PROXY header, TLS hello).
+    pub preface: Duration,
     /// TCP keepalive: silence after which the kernel probes the peer, on both sides; `None`: it does not.
     pub keepalive: Option<Duration>,
 }
@@ -161,6 +182,7 @@ impl Default for Timeouts {
         Self {
             connect: Duration::from_secs(5),
             idle: Some(Duration::from_secs(3_600)),
+            preface: Duration::from_secs(5),
             keepalive: Some(Duration::from_secs(60)),
         }
     }

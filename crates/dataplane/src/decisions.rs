@@ -110,6 +110,8 @@ mod tests {
             at: Timestamp::from_millis(at),
             worker: 0,
             listener: 0,
+            target: 0,
+            route: 0,
             table: Arc::new(table),
             side: 0,
             chosen: Err(NoBackend::AllFull),

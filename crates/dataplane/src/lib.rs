@@ -42,7 +42,9 @@ mod towards;
 mod worker;
 
 pub use access::{AccessLogConfig, AccessLogFormat, AccessLogTo};
-pub use config::{Config, Connecting, Limits, ListenerConfig, ListenerLimits, Target, Timeouts};
+pub use config::{
+    Config, Connecting, Limits, ListenerConfig, ListenerLimits, ProxyProtocol, Target, Timeouts,
+};
 pub use engine::{Engine, ProbeError};
 pub use run::{Bound, Dataplane, StartError, WorkerFailed, bind};
 pub use share::{PoolKnobs, PoolShare, QueueKnobs};

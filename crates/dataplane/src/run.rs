@@ -20,16 +20,16 @@ use uring::{Ring, SetupError};
 
 use crate::access::{self, AccessLog, AccessLogTo};
 use crate::clock::Clock;
-use crate::config::{Config, Limits, Target};
+use crate::config::{Config, Limits, ListenerConfig, Target, Timeouts};
 use crate::engine::{Engine, Epoll, ProbeError, TokioUring, choose, next_best};
 use crate::io::Io;
 use crate::listen;
 use crate::pipes::PIPES_MAX;
-use crate::stats::{Stats, WorkerStats};
+use crate::stats::{ListenerNames, Stats, WorkerStats};
 use crate::tcp::{ListenError, Refused};
 use crate::towards::Towards;
 use crate::worker::admit::Gate;
-use crate::worker::{ListenerSetup, TargetSetup, Worker, WorkerSetup};
+use crate::worker::{ListenerSetup, Sorter, TargetSetup, Worker, WorkerSetup};
 
 /// Descriptors kept back from flows for rings, listeners, control, files; and for each worker's pipes.
 const DESCRIPTORS_RESERVED: u64 = 128;
@@ -133,8 +133,8 @@ pub struct Bound {
     workers: usize,
     pin: Vec<usize>,
     addresses: Vec<SocketAddr>,
-    /// By listener, then by worker.
-    sockets: Vec<Vec<OwnedFd>>,
+    /// By listener, then by port, then by worker.
+    sockets: Vec<Vec<Vec<OwnedFd>>>,
     /// One for each pool.
     towards: Vec<Arc<Towards>>,
     /// By listener.
@@ -204,12 +204,12 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
     let mut addresses = Vec::new();
     let mut sockets = Vec::new();
     for listener in &config.listeners {
-        match listen::listen(listener.bind, workers, &listener.tcp, config.timeouts.keepalive) {
+        match listen_at_ports(listener, workers, &config.timeouts) {
             Ok((address, bound)) => {
                 addresses.push(address);
                 sockets.push(bound);
             }
-            Err(error) => errors.push(listen_error(listener.bind, error)),
+            Err(error) => errors.push(error),
         }
     }
     let towards = towards(&config);
@@ -220,9 +220,13 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
     }
     let Some(engine) = engine.filter(|_| errors.is_empty()) else { return Err(errors) };
     let stats = Stats {
-        listeners: addresses.iter().copied().zip(config.listeners.iter().map(|l| l.pool().clone())).collect(),
+        listeners: addresses
+            .iter()
+            .zip(&config.listeners)
+            .map(|(at, l)| ListenerNames::new(*at, l))
+            .collect(),
         workers: (0..workers)
-            .map(|_| Arc::new(WorkerStats::new(config.listeners.len(), config.decision_sample)))
+            .map(|_| Arc::new(WorkerStats::new(&config.listeners, config.decision_sample)))
             .collect(),
         engine: Mutex::new(engine),
         buffer_bytes: AtomicU64::new(0),
@@ -368,7 +372,8 @@ impl Bound {
     ) -> WorkerSetup {
         let limits = self.config.limits;
         let flows_max = flows_max(&limits, self.workers);
-        let listeners = self.sockets.iter_mut().zip(&self.config.listeners).zip(&self.gates);
+        let listeners =
+            self.sockets.iter_mut().zip(&self.addresses).zip(&self.config.listeners).zip(&self.gates);
         let towards = &self.towards;
         let target_setup = |target: &Target| {
             let towards = towards.iter().find(|towards| *towards.pool() == target.pool)?;
@@ -386,11 +391,14 @@ impl Bound {
             stats: Arc::clone(&self.stats.workers[worker]),
             buffer_bytes: Arc::clone(&self.stats),
             listeners: listeners
-                .map(|((sockets, listener), gate)| ListenerSetup {
-                    socket: sockets.remove(0),
+                .map(|(((ports, address), listener), gate)| ListenerSetup {
+                    sockets: (address.port()..)
+                        .zip(ports.iter_mut().map(|workers| workers.remove(0)))
+                        .collect(),
                     backlog: listener.tcp.backlog,
                     targets: listener.targets.iter().filter_map(target_setup).collect(),
                     gate: gate.clone(),
+                    sorter: Sorter::new(listener),
                 })
                 .collect(),
             access_log,
@@ -401,6 +409,7 @@ impl Bound {
                 limits.buffers_max
             },
             tuning: Tuning {
+                preface_timeout: self.config.timeouts.preface,
                 connect_timeout: self.config.timeouts.connect,
                 idle_timeout: self.config.timeouts.idle,
                 connect_retries: limits.connect_retries.min(allocation::Excluded::MAX as u8 - 1),
@@ -466,8 +475,9 @@ impl Dataplane {
     }
 }
 
-fn duplicates(sockets: &[Vec<OwnedFd>]) -> io::Result<Vec<Vec<OwnedFd>>> {
-    sockets.iter().map(|sockets| sockets.iter().map(OwnedFd::try_clone).collect()).collect()
+fn duplicates(listeners: &[Vec<Vec<OwnedFd>>]) -> io::Result<Vec<Vec<Vec<OwnedFd>>>> {
+    let of_port = |workers: &Vec<OwnedFd>| workers.iter().map(OwnedFd::try_clone).collect();
+    listeners.iter().map(|ports| ports.iter().map(of_port).collect()).collect()
 }
 
 /// A worker's thread: starts it, says how that went, and works until it is told to end.
@@ -508,6 +518,27 @@ const fn instead(engine: Engine) -> &'static str {
 fn seed() -> u64 {
     use std::hash::{BuildHasher as _, Hasher as _};
     std::hash::RandomState::new().build_hasher().finish()
+}
+
+/// A listener's first address, and its sockets by port and worker.
+fn listen_at_ports(
+    listener: &ListenerConfig,
+    workers: usize,
+    timeouts: &Timeouts,
+) -> Result<(SocketAddr, Vec<Vec<OwnedFd>>), StartError> {
+    let first = listener.bind.port();
+    let mut address = listener.bind;
+    let mut sockets = Vec::new();
+    for port in first..=listener.last_port.unwrap_or(first) {
+        let at = SocketAddr::new(listener.bind.ip(), port);
+        let (bound, of_port) = listen::listen(at, workers, &listener.tcp, timeouts.keepalive)
+            .map_err(|error| listen_error(at, error))?;
+        if sockets.is_empty() {
+            address = bound;
+        }
+        sockets.push(of_port);
+    }
+    Ok((address, sockets))
 }
 
 fn listen_error(address: SocketAddr, error: ListenError) -> StartError {

@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use allocation::telemetry::{
     CONNECT_SECONDS, Counter, DataplaneView, EngineSnapshot, FLOW_SECONDS, Histogram, ListenerSnapshot,
-    OptionsRefused,
+    OptionsRefused, TargetSnapshot,
 };
-use allocation::{Decision, Kept, PoolName};
+use allocation::{Decision, Kept};
 use flow::CloseReason;
 
 use crate::access;
+use crate::config::ListenerConfig;
 use crate::decisions::Decisions;
 use crate::engine::Chosen;
 use crate::towards::Towards;
@@ -47,10 +48,14 @@ pub(crate) enum Shed {
     QueueDeadline,
     /// It had gone before it could be asked who it is.
     ClientGone,
+    /// The listener speaks the PROXY protocol, and whoever connects is not trusted with it.
+    ProxyUntrusted,
+    /// A client of PostgreSQL was promised TLS, and the backends do not have it.
+    TlsDenied,
 }
 
 impl Shed {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 16] = [
         Self::Flows,
         Self::Descriptors,
         Self::Ports,
@@ -65,6 +70,8 @@ impl Shed {
         Self::QueueFull,
         Self::QueueDeadline,
         Self::ClientGone,
+        Self::ProxyUntrusted,
+        Self::TlsDenied,
     ];
 
     pub(crate) const fn label(self) -> &'static str {
@@ -83,6 +90,8 @@ impl Shed {
             Self::QueueFull => "queue_full",
             Self::QueueDeadline => "queue_deadline",
             Self::ClientGone => "client_gone",
+            Self::ProxyUntrusted => "proxy_untrusted",
+            Self::TlsDenied => "tls_denied",
         }
     }
 }
@@ -94,6 +103,8 @@ pub(crate) struct ListenerStats {
     pub(crate) bytes_to_backend: Counter,
     pub(crate) bytes_to_client: Counter,
     pub(crate) connect_retries: Counter,
+    /// Flows that were given to each target, where the listener has routes.
+    pub(crate) routed: Box<[Counter]>,
     closed: [Counter; CloseReason::ALL.len()],
     sheds: [Counter; Shed::ALL.len()],
     /// By [`Kept`].
@@ -106,8 +117,10 @@ pub(crate) struct ListenerStats {
 }
 
 impl ListenerStats {
-    fn new() -> Self {
+    fn new(config: &ListenerConfig) -> Self {
+        let targets = if config.routes.is_empty() { 0 } else { config.targets.len() };
         Self {
+            routed: (0..targets).map(|_| Counter::default()).collect(),
             opened: Counter::default(),
             bytes_to_backend: Counter::default(),
             bytes_to_client: Counter::default(),
@@ -156,11 +169,11 @@ pub(crate) struct WorkerStats {
 }
 
 impl WorkerStats {
-    pub(crate) fn new(listeners: usize, decision_sample: f64) -> Self {
+    pub(crate) fn new(listeners: &[ListenerConfig], decision_sample: f64) -> Self {
         Self {
             ejections_ignored: Counter::default(),
             decisions: Decisions::new(decision_sample),
-            listeners: (0..listeners).map(|_| ListenerStats::new()).collect(),
+            listeners: listeners.iter().map(ListenerStats::new).collect(),
             buffers: Counter::default(),
             buffers_in_use: Counter::default(),
             enters: Counter::default(),
@@ -172,10 +185,31 @@ impl WorkerStats {
     }
 }
 
+/// What a listener and its targets are called.
+#[derive(Debug)]
+pub(crate) struct ListenerNames {
+    /// `tcp://127.0.0.1:5432`, with the port that was really bound; `tcp://0.0.0.0:5000-5010`.
+    name: String,
+    /// The first is the default.
+    pools: Vec<String>,
+    has_routes: bool,
+}
+
+impl ListenerNames {
+    pub(crate) fn new(address: SocketAddr, config: &ListenerConfig) -> Self {
+        let range = config.last_port.map(|last| format!("-{last}")).unwrap_or_default();
+        Self {
+            name: format!("tcp://{address}{range}"),
+            pools: config.targets.iter().map(|target| target.pool.to_string()).collect(),
+            has_routes: !config.routes.is_empty(),
+        }
+    }
+}
+
 /// All workers' counts, for control.
 #[derive(Debug)]
 pub(crate) struct Stats {
-    pub(crate) listeners: Vec<(SocketAddr, PoolName)>,
+    pub(crate) listeners: Vec<ListenerNames>,
     pub(crate) workers: Vec<Arc<WorkerStats>>,
     /// It changes only while workers are being started.
     pub(crate) engine: Mutex<Chosen>,
@@ -199,11 +233,13 @@ impl Stats {
 
 impl DataplaneView for Stats {
     fn listeners(&self) -> Vec<ListenerSnapshot> {
-        let snapshot = |(index, (address, pool)): (usize, &(SocketAddr, PoolName))| {
+        let snapshot = |(index, names): (usize, &ListenerNames)| {
+            let target = |pool: &String| TargetSnapshot { pool: pool.clone(), flows: 0 };
             let mut all = ListenerSnapshot {
-                name: format!("tcp://{address}"),
+                name: names.name.clone(),
                 protocol: "tcp",
-                pool: pool.to_string(),
+                targets: names.pools.iter().map(target).collect(),
+                has_routes: names.has_routes,
                 flows_opened: 0,
                 flows_open: 0,
                 bytes_to_backend: 0,
@@ -224,6 +260,7 @@ impl DataplaneView for Stats {
                 all.bytes_to_backend += stats.bytes_to_backend.read();
                 all.bytes_to_client += stats.bytes_to_client.read();
                 all.connect_retries += stats.connect_retries.read();
+                all.targets.iter_mut().zip(&stats.routed).for_each(|(sum, n)| sum.flows += n.read());
                 all.flows_closed.iter_mut().zip(&stats.closed).for_each(|(sum, n)| sum.1 += n.read());
                 all.sheds.iter_mut().zip(&stats.sheds).for_each(|(sum, n)| sum.1 += n.read());
                 all.affinity.iter_mut().zip(&stats.kept).for_each(|(sum, n)| sum.1 += n.read());

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use allocation::{PoolName, Timestamp};
+use flow::preface::proxy::Version;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto};
 use socket2::SockRef;
@@ -67,6 +68,11 @@ impl Towards {
     /// Connections come from the client's address.
     pub(crate) fn is_transparent(&self) -> bool {
         self.config.transparent
+    }
+
+    /// The header that backends are sent first.
+    pub(crate) fn proxy(&self) -> Option<Version> {
+        self.config.proxy
     }
 
     /// The first bytes may go with the SYN.

@@ -28,5 +28,5 @@ mod token;
 pub use buffers::{BufferPool, Group, Memory};
 pub use lent::Lent;
 pub use ring::{Completion, EnterError, Ring, Setup, SetupError, Wait};
-pub use socket::{bind_address_no_port, defer_accept, fast_open, fast_open_connect};
+pub use socket::{bind_address_no_port, defer_accept, fast_open, fast_open_connect, set_receive_low_water};
 pub use token::{Op, Token};

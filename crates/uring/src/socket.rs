@@ -41,6 +41,16 @@ pub fn fast_open_connect(socket: BorrowedFd<'_>) -> io::Result<()> {
     set(socket, libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT, 1)
 }
 
+/// Lets polls of the socket tell of bytes only when so many are there, or FIN or an error (`SO_RCVLOWAT`, `socket(7)`; TCP
+/// heeds it in polls since Linux 2.6.28). The kernel takes at most half of the receive buffer for it. Receives heed it too:
+/// 1 is as before.
+///
+/// # Errors
+/// As `setsockopt(2)`.
+pub fn set_receive_low_water(socket: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
+    set(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, i32::try_from(bytes).unwrap_or(i32::MAX))
+}
+
 /// Options whose value is an int.
 fn set(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
     // SAFETY: the options of this module take an int, and are given a pointer to one with its size; the kernel copies it

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use allocation::telemetry::{
     CONNECT_SECONDS, DataplaneView, EngineSnapshot, FLOW_SECONDS, HistogramSnapshot, ListenerSnapshot,
+    TargetSnapshot,
 };
 use allocation::{AllocationTable, Decision, Policy, Publisher};
 use api::orca::OrcaLoadReport;
@@ -35,7 +36,8 @@ impl DataplaneView for FakeDataplane {
         vec![ListenerSnapshot {
             name: "tcp://127.0.0.1:5432".into(),
             protocol: "tcp",
-            pool: "sql".into(),
+            targets: vec![TargetSnapshot { pool: "sql".into(), flows: 17 }],
+            has_routes: true,
             flows_opened: 17,
             flows_open: 3,
             bytes_to_backend: 1_000,

@@ -5,46 +5,77 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use allocation::Timestamp;
 use flow::Flow;
+use flow::preface::Routed;
 use uring::{Completion, EnterError, Op, Token};
 
-use super::connect::{client_address, local_failure};
+use super::connect::local_failure;
 use super::noted::Noted;
-use super::slot::{FlowSlot, Moved, Nodelay, Sources, Syn};
+use super::preface::{Sorted, peer_address};
+use super::slot::{Door, FlowSlot, Listener, Moved, Nodelay, Sources, Syn};
 use super::{ACCEPT_REST, Worker};
 use crate::io::Io;
+
+/// Which door of which listener.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct DoorAt {
+    pub(super) listener: u16,
+    pub(super) door: u16,
+}
+
+impl DoorAt {
+    pub(super) const fn token(self) -> Token {
+        Token::new(Op::Accept, (self.door as u32) << 16 | self.listener as u32, 0)
+    }
+
+    const fn of(token: Token) -> Self {
+        Self { listener: token.slot as u16, door: (token.slot >> 16) as u16 }
+    }
+}
 
 impl<I: Io> Worker<I> {
     pub(super) fn arm_accepts(&mut self) -> Result<(), EnterError> {
         self.accept_again = None;
-        for index in 0..self.listeners.len() {
-            self.arm_accept(index)?;
+        for at in self.doors() {
+            self.arm_accept(at)?;
         }
         Ok(())
     }
 
-    pub(super) fn arm_accept(&mut self, index: usize) -> Result<(), EnterError> {
-        let listener = &mut self.listeners[index];
-        match &listener.socket {
-            Some(socket) if !listener.armed => {
-                listener.armed = true;
-                self.ring.accept(socket.as_fd(), Token::new(Op::Accept, index as u32, 0))
+    /// All of them, open and closed.
+    pub(super) fn doors(&self) -> Vec<DoorAt> {
+        let doors = |(listener, of): (usize, &Listener)| {
+            (0..of.doors.len()).map(move |door| DoorAt { listener: listener as u16, door: door as u16 })
+        };
+        self.listeners.iter().enumerate().flat_map(doors).collect()
+    }
+
+    pub(super) fn door(&mut self, at: DoorAt) -> &mut Door {
+        &mut self.listeners[usize::from(at.listener)].doors[usize::from(at.door)]
+    }
+
+    pub(super) fn arm_accept(&mut self, at: DoorAt) -> Result<(), EnterError> {
+        let door = &mut self.listeners[usize::from(at.listener)].doors[usize::from(at.door)];
+        match &door.socket {
+            Some(socket) if !door.armed => {
+                door.armed = true;
+                self.ring.accept(socket.as_fd(), at.token())
             }
             _ => Ok(()),
         }
     }
 
     pub(super) fn accepted(&mut self, completion: Completion) -> Result<(), EnterError> {
-        let index = completion.token.slot as usize;
+        let at = DoorAt::of(completion.token);
         if let Some(socket) = completion.socket {
             self.accept_warned = false;
-            self.open_flow(index, socket)?;
+            self.open_flow(at, socket)?;
         }
         if completion.more {
             return Ok(());
         }
-        self.listeners[index].armed = false;
+        self.door(at).armed = false;
         if self.leaving() {
-            return self.close_listener(index);
+            return self.close_door(at);
         }
         match local_failure(-completion.result) {
             Some(_) => {
@@ -56,25 +87,49 @@ impl<I: Io> Worker<I> {
                 }
                 Ok(())
             }
-            None => self.arm_accept(index),
+            None => self.arm_accept(at),
         }
     }
 
-    pub(super) fn open_flow(&mut self, listener: usize, client: OwnedFd) -> Result<(), EnterError> {
-        let admitted = match self.admit(listener, || client_address(Some(&client))) {
+    pub(super) fn open_flow(&mut self, at: DoorAt, client: OwnedFd) -> Result<(), EnterError> {
+        let listener = usize::from(at.listener);
+        let sorted = match &self.listeners[listener].sorter {
+            None => Sorted::To(Routed::DEFAULT),
+            Some(sorter) => sorter.sort(&client, self.listeners[listener].doors[usize::from(at.door)].port),
+        };
+        let peer = || peer_address(client.as_fd());
+        let admitted = match &sorted {
+            Sorted::Not(shed) => Err(*shed),
+            // Who the client is comes with its header.
+            Sorted::Reading(preface) if preface.names_client() => self.admit_unknown(listener),
+            _ => self.admit(listener, peer),
+        };
+        let admitted = match admitted {
             Ok(admitted) => admitted,
             Err(shed) => return self.turn_away(listener, client, shed),
         };
-        let noted = self.access_log.as_ref().map(|_| Noted::new(client_address(Some(&client))));
+        let noted = self.access_log.as_ref().map(|_| Noted::new(peer()));
         let stats = &self.stats.listeners[listener];
         stats.opened.add(1);
         let now = self.now.timestamp();
         let mut outputs = std::mem::take(&mut self.outputs);
-        let flow = Flow::accepted(now, &self.tuning, &mut outputs);
+        let (routed, preface) = match sorted {
+            Sorted::Reading(preface) => (Routed::DEFAULT, Some(preface)),
+            Sorted::To(routed) => (routed, None),
+            Sorted::Not(_) => (Routed::DEFAULT, None), // Turned away above.
+        };
+        if preface.is_none()
+            && let Some(count) = stats.routed.get(usize::from(routed.target))
+        {
+            count.add(1);
+        }
+        let accept = if preface.is_some() { Flow::accepted_with_preface } else { Flow::accepted };
+        let flow = accept(now, &self.tuning, &mut outputs);
         let index = self.flows.insert(FlowSlot {
             flow,
-            listener: listener as u16,
-            target: 0,
+            listener: at.listener,
+            target: routed.target,
+            route: routed.route,
             in_flight: 0,
             answered: false,
             nodelay: Nodelay::NothingSent,
@@ -97,6 +152,7 @@ impl<I: Io> Worker<I> {
             accepted_micros: self.now.micros,
             asked_micros: self.now.micros,
             moved: Moved::default(),
+            preface,
         });
         for output in outputs.drain(..) {
             self.perform(index, output)?;

@@ -64,10 +64,7 @@ impl Gate {
         };
         // Who has reset its connection already would otherwise pass every limit, and still have a backend connected to.
         let client = Client::at(client.ok_or(Shed::ClientGone)?.ip());
-        let place = clients.open(client, now_micros).map_err(|refusal| match refusal {
-            Refusal::Flows => Shed::ClientFlows,
-            Refusal::Rate => Shed::ClientRate,
-        })?;
+        let place = clients.open(client, now_micros).map_err(of_client)?;
         self.meter.open(now_micros).map_err(|refusal| {
             clients.take_back(place);
             of_listener(refusal)
@@ -75,11 +72,37 @@ impl Gate {
         Ok(Admitted { client: Some(place) })
     }
 
+    /// Somebody whom a header will name.
+    fn open_unknown(&self, now_micros: u64) -> Result<Admitted, Shed> {
+        self.meter.open(now_micros).map_err(of_listener)?;
+        Ok(Admitted { client: None })
+    }
+
+    /// The header has come. Of a client that is refused the place is still to be given back.
+    pub(super) fn identify(
+        &self,
+        admitted: &mut Admitted,
+        client: Option<SocketAddr>,
+        now_micros: u64,
+    ) -> Result<(), Shed> {
+        let Some(clients) = &self.clients else { return Ok(()) };
+        let client = Client::at(client.ok_or(Shed::ClientGone)?.ip());
+        admitted.client = Some(clients.open(client, now_micros).map_err(of_client)?);
+        Ok(())
+    }
+
     pub(super) fn close(&self, admitted: Admitted) {
         if let (Some(clients), Some(place)) = (&self.clients, admitted.client) {
             clients.close(place);
         }
         self.meter.close();
+    }
+}
+
+fn of_client(refusal: Refusal) -> Shed {
+    match refusal {
+        Refusal::Flows => Shed::ClientFlows,
+        Refusal::Rate => Shed::ClientRate,
     }
 }
 
@@ -97,14 +120,24 @@ impl<I: Io> Worker<I> {
         listener: usize,
         peer: impl FnOnce() -> Option<SocketAddr>,
     ) -> Result<Admitted, Shed> {
+        self.admit_by(listener, |gate| {
+            let peer = if gate.asks_who() { peer() } else { None };
+            gate.open(peer, self.now.micros)
+        })
+    }
+
+    /// As [`Self::admit`], of a client whom a header will name.
+    pub(super) fn admit_unknown(&self, listener: usize) -> Result<Admitted, Shed> {
+        self.admit_by(listener, |gate| gate.open_unknown(self.now.micros))
+    }
+
+    fn admit_by(
+        &self,
+        listener: usize,
+        open: impl FnOnce(&Gate) -> Result<Admitted, Shed>,
+    ) -> Result<Admitted, Shed> {
         let gate = self.listeners[listener].gate.as_ref();
-        let admitted = match gate {
-            Some(gate) => {
-                let peer = if gate.asks_who() { peer() } else { None };
-                gate.open(peer, self.now.micros)?
-            }
-            None => Admitted::default(),
-        };
+        let admitted = gate.map_or_else(|| Ok(Admitted::default()), |gate| open(gate))?;
         if self.shared.flows_open.fetch_add(1, Relaxed) >= self.flows_max {
             self.shared.flows_open.fetch_sub(1, Relaxed);
             if let Some(gate) = gate {

@@ -8,6 +8,7 @@ use allocation::{
     AllocationTable, BackendIndex, Client, Decision, Excluded, FlowKey, Kept, LiveFacts, NoBackend,
     Selection, Timestamp,
 };
+use flow::preface::Routed;
 use flow::{CloseReason, Input, Shot, Side, Tuning};
 use rustix::io::Errno;
 use uring::{EnterError, Op};
@@ -32,14 +33,13 @@ impl<I: Io> Worker<I> {
         }
         let Self { flows, listeners, now, .. } = self;
         let Some(slot) = flows.get_mut(index) else { return Ok(()) };
-        let (listener, target) = (slot.listener, slot.target);
-        let pool = &mut listeners[usize::from(listener)].targets[usize::from(target)];
+        let (listener, routed) = (slot.listener, Routed { route: slot.route, target: slot.target });
+        let pool = &mut listeners[usize::from(listener)].targets[usize::from(routed.target)];
         let table = Arc::clone(pool.table());
         let tried = excluded(&table, &slot.tried);
-        let key = if table.wants_key() { client_key(slot.client.as_ref()) } else { FlowKey::from_bits(0) };
-        let (selection, kept) =
-            pool.select(&table, key, &tried, now.timestamp(), || client_address(slot.client.as_ref()));
-        self.note(listener, target, &table, &tried, &selection, kept);
+        let key = if table.wants_key() { client_key(slot) } else { FlowKey::from_bits(0) };
+        let (selection, kept) = pool.select(&table, key, &tried, now.timestamp(), || slot.client_address());
+        self.note(listener, routed, &table, &tried, &selection, kept);
         let selection = match selection {
             Ok(selection) => selection,
             Err(NoBackend::AllFull) if self.wait_for_room(index) => return Ok(()),
@@ -56,7 +56,7 @@ impl<I: Io> Worker<I> {
         let address = table.backend(selection.index).address;
         let (now, asked_micros) = (self.now.timestamp(), self.now.micros);
         let Some(slot) = self.flows.get_mut(index) else { return Ok(()) };
-        let pool = &mut self.listeners[usize::from(listener)].targets[usize::from(target)];
+        let pool = &mut self.listeners[usize::from(listener)].targets[usize::from(routed.target)];
         if let Some(noted) = &mut slot.noted {
             noted.chosen(&table, &selection, kept, now);
         }
@@ -116,7 +116,7 @@ impl<I: Io> Worker<I> {
     pub(super) fn note(
         &self,
         listener: u16,
-        target: u16,
+        routed: Routed,
         table: &Arc<AllocationTable>,
         tried: &Excluded,
         selection: &Result<Selection, NoBackend>,
@@ -131,11 +131,13 @@ impl<I: Io> Worker<I> {
         };
         let now = self.now.timestamp();
         let looked_at = table.side(usize::from(side));
-        let selector = &self.listeners[usize::from(listener)].targets[usize::from(target)].selector;
+        let selector = &self.listeners[usize::from(listener)].targets[usize::from(routed.target)].selector;
         self.stats.decisions.note(|| Decision {
             at: now,
             worker: self.worker as u16,
             listener,
+            target: routed.target,
+            route: routed.route,
             table: Arc::clone(table),
             side,
             chosen,
@@ -169,7 +171,7 @@ impl<I: Io> Worker<I> {
         }
         let socket = towards.socket(address.is_ipv6())?;
         if towards.is_transparent() {
-            bind_as(&socket, slot.client.as_ref(), &address)?;
+            bind_as(&socket, slot.client_address(), &address)?;
         }
         while let Some(from) = source {
             let _ = uring::bind_address_no_port(socket.as_fd());
@@ -183,7 +185,9 @@ impl<I: Io> Worker<I> {
                 Err(error) => return Err(error.into()),
             }
         }
-        slot.syn = match towards.fast_open() {
+        // What a backend is sent first is sent on a connection that is there.
+        let greeted = towards.proxy().is_some() || slot.must_ask_for_tls();
+        slot.syn = match towards.fast_open() && !greeted {
             true => send_syn_with_bytes(&socket, slot.client.as_ref(), towards, &self.tuning),
             false => Syn::Plain,
         };
@@ -298,22 +302,17 @@ fn send_syn_with_bytes(
 
 /// Gives a socket the client's address, with a port that is free towards the backend. From an address of ours it would be
 /// taken for somebody else; so where the client has none of the backend's family, or is gone, it is not connected.
-fn bind_as(socket: &OwnedFd, client: Option<&OwnedFd>, backend: &SocketAddr) -> Result<(), NoSocket> {
-    let fitting = client_address(client).filter(|client| client.is_ipv4() == backend.is_ipv4());
+fn bind_as(socket: &OwnedFd, client: Option<SocketAddr>, backend: &SocketAddr) -> Result<(), NoSocket> {
+    let fitting = client.filter(|client| client.is_ipv4() == backend.is_ipv4());
     let Some(mut address) = fitting else { return Err(NoSocket::ForThisBackend(Shed::Source)) };
     address.set_port(0);
     let _ = uring::bind_address_no_port(socket.as_fd());
     rustix::net::bind(socket, &address).map_err(|_| NoSocket::ForThisBackend(Shed::Source))
 }
 
-pub(super) fn client_address(client: Option<&OwnedFd>) -> Option<SocketAddr> {
-    let address = client.and_then(|client| rustix::net::getpeername(client).ok().flatten());
-    address.and_then(|address| SocketAddr::try_from(address).ok())
-}
-
 /// Who the client is. One whose connection is gone already is nobody in particular.
-fn client_key(client: Option<&OwnedFd>) -> FlowKey {
-    client_address(client).map_or(FlowKey::from_bits(0), |address| FlowKey::of_client(address.ip()))
+fn client_key(slot: &FlowSlot) -> FlowKey {
+    slot.client_address().map_or(FlowKey::from_bits(0), |address| FlowKey::of_client(address.ip()))
 }
 
 impl Target {

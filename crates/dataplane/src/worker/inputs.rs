@@ -93,6 +93,7 @@ impl<I: Io> Worker<I> {
         }
     }
 
+    /// `None`: nothing to tell the flow yet, or ever.
     pub(super) fn connect_input(&mut self, index: u32, result: i32) -> Result<Option<Input>, EnterError> {
         let now = self.now;
         let Some(slot) = self.flows.get_mut(index).filter(|slot| !slot.flow.is_closed()) else {
@@ -110,19 +111,21 @@ impl<I: Io> Worker<I> {
                 noted.connected(took);
             }
             slot.asked_micros = now.micros;
-            slot.tried = Vec::new();
             slot.local_failure = None;
-            return Ok(Some(Input::Connected));
+            return self.greet(index);
         }
         let shed = local_failure(-result);
         if shed == Some(Shed::Ports) && self.connect_from_another(index)? {
             return Ok(None);
         }
-        // Our time is over, or the kernel's (its retries, TCP_USER_TIMEOUT).
-        let timed_out = [Errno::CANCELED, Errno::TIMEDOUT].map(|e| e.raw_os_error()).contains(&-result);
-        let failure = if timed_out { ConnectFailure::TimedOut } else { ConnectFailure::Refused };
-        self.count_failed_connect(index, shed.ok_or(failure));
+        self.count_failed_connect(index, shed.ok_or_else(|| failure_of(result)));
         Ok(Some(Input::ConnectFailed))
+    }
+
+    /// The backend takes the client's bytes.
+    pub(super) fn connected(&mut self, index: u32) -> Option<Input> {
+        self.flows.get_mut(index)?.tried = Vec::new();
+        Some(Input::Connected)
     }
 
     /// A connect failed for want of something of ours, or through the backend.
@@ -137,4 +140,11 @@ impl<I: Io> Worker<I> {
             slot.tried.push(Arc::clone(open.live()));
         }
     }
+}
+
+/// Why a connect failed, by its negated errno.
+pub(super) fn failure_of(result: i32) -> ConnectFailure {
+    // Our time is over, or the kernel's (its retries, TCP_USER_TIMEOUT).
+    let timed_out = [Errno::CANCELED, Errno::TIMEDOUT].map(|e| e.raw_os_error()).contains(&-result);
+    if timed_out { ConnectFailure::TimedOut } else { ConnectFailure::Refused }
 }

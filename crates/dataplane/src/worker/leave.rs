@@ -7,6 +7,7 @@ use rustix::net::SocketFlags;
 use uring::{EnterError, Op, Token};
 
 use super::Worker;
+use super::accept::DoorAt;
 use crate::io::Io;
 
 impl<I: Io> Worker<I> {
@@ -40,23 +41,23 @@ impl<I: Io> Worker<I> {
 
     pub(super) fn stop_accepting(&mut self) -> Result<(), EnterError> {
         self.accept_again = None;
-        for index in 0..self.listeners.len() {
-            if self.listeners[index].armed {
-                // Its last completion closes the listener.
-                self.ring.cancel(Token::new(Op::Accept, index as u32, 0))?;
+        for at in self.doors() {
+            if self.door(at).armed {
+                // Its last completion closes it.
+                self.ring.cancel(at.token())?;
             } else {
-                self.close_listener(index)?;
+                self.close_door(at)?;
             }
         }
         Ok(())
     }
 
     /// Serves the connections that the kernel has already accepted, then closes: closing first would reset them.
-    pub(super) fn close_listener(&mut self, index: usize) -> Result<(), EnterError> {
-        let Some(socket) = self.listeners[index].socket.take() else { return Ok(()) };
+    pub(super) fn close_door(&mut self, at: DoorAt) -> Result<(), EnterError> {
+        let Some(socket) = self.door(at).socket.take() else { return Ok(()) };
         if !self.orders.stop {
             while let Ok(client) = rustix::net::accept_with(&socket, SocketFlags::CLOEXEC) {
-                self.open_flow(index, client)?;
+                self.open_flow(at, client)?;
             }
         }
         self.ring.close(socket)

@@ -31,8 +31,11 @@ use crate::slots::Slots;
 use crate::stats::{Stats, WorkerStats};
 use crate::towards::Towards;
 use admit::Gate;
+use preface::Prefaces;
 use queue::Room;
-use slot::{FlowSlot, Listener, Syn, Target};
+use slot::{FlowSlot, Listener, Syn};
+
+pub(crate) use preface::Sorter;
 
 mod accept;
 pub(crate) mod admit;
@@ -42,6 +45,7 @@ mod inputs;
 mod leave;
 mod noted;
 mod perform;
+mod preface;
 pub(crate) mod queue;
 mod slot;
 mod splice;
@@ -84,11 +88,13 @@ pub(crate) struct WorkerSetup {
 
 /// A listener, before it accepts.
 pub(crate) struct ListenerSetup {
-    pub(crate) socket: OwnedFd,
+    /// One for each port.
+    pub(crate) sockets: Vec<(u16, OwnedFd)>,
     pub(crate) backlog: u16,
     pub(crate) targets: Vec<TargetSetup>,
     /// Who turns new flows away; `None`: nobody is.
     pub(crate) gate: Option<Arc<Gate>>,
+    pub(crate) sorter: Option<Sorter>,
 }
 
 /// A pool that serves a listener.
@@ -129,6 +135,8 @@ pub(crate) struct Worker<I> {
     outputs: Outputs,
     followups: VecDeque<Input>,
     expired: Vec<u32>,
+    /// What clients send first is looked at here, and headers are made.
+    prefaces: Prefaces,
 }
 
 impl<I: Io> Worker<I> {
@@ -143,16 +151,7 @@ impl<I: Io> Worker<I> {
         }
         let ring: I = make_ring(setup.buffers_max)?;
         let now = setup.clock.now();
-        let listener = |listener: ListenerSetup| {
-            let target = |target| Target::new(target, setup.worker, seed(setup.worker));
-            Listener {
-                socket: Some(listener.socket),
-                armed: false,
-                backlog: listener.backlog,
-                targets: listener.targets.into_iter().map(target).collect(),
-                gate: listener.gate,
-            }
-        };
+        let listener = |listener: ListenerSetup| Listener::new(listener, setup.worker, || seed(setup.worker));
         setup.buffer_bytes.buffer_bytes.store(u64::from(BUFFER_BYTES), Relaxed);
         let mut worker = Self {
             worker: setup.worker,
@@ -178,6 +177,7 @@ impl<I: Io> Worker<I> {
             outputs: Outputs::new(),
             followups: VecDeque::new(),
             expired: Vec::new(),
+            prefaces: Prefaces::new(seed(setup.worker)),
         };
         worker.open_listeners().map_err(|source| SetupError::Other { step: "listen", source })?;
         Ok(worker)
@@ -185,8 +185,9 @@ impl<I: Io> Worker<I> {
 
     fn open_listeners(&mut self) -> io::Result<()> {
         for listener in &self.listeners {
-            let start = |socket| listen::start(socket, listener.backlog);
-            listener.socket.as_ref().map_or(Ok(()), start)?;
+            for socket in listener.doors.iter().filter_map(|door| door.socket.as_ref()) {
+                listen::start(socket, listener.backlog)?;
+            }
         }
         self.arm_accepts().map_err(io::Error::other)?;
         self.arm_bell().map_err(io::Error::other)?;
@@ -215,7 +216,7 @@ impl<I: Io> Worker<I> {
 
     fn is_done(&self) -> bool {
         let leaving = self.orders.stop || self.orders.drain_within.is_some();
-        leaving && self.flows.len() == 0 && self.listeners.iter().all(|listener| listener.socket.is_none())
+        leaving && self.flows.len() == 0 && self.listeners.iter().all(Listener::is_closed)
     }
 
     fn wait(&self) -> Wait {
@@ -279,7 +280,8 @@ impl<I: Io> Worker<I> {
                 }
                 self.send_input(index, Side::Backend, completion.result)
             }
-            // However a poll ends, the splice that follows finds out what is the matter.
+            Op::ReadableBackend if slot.asks_for_tls() => self.tls_answered(index, completion.result)?,
+            // However a poll ends, the look or splice that follows finds out what is the matter.
             Op::ReadableClient => Some(Input::Readable { from: Side::Client }),
             Op::ReadableBackend => Some(Input::Readable { from: Side::Backend }),
             Op::WritableClient => Some(Input::Writable { to: Side::Client }),

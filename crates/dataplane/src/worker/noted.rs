@@ -28,6 +28,11 @@ impl Noted {
         Box::new(Self { client, ..Self::default() })
     }
 
+    /// A header says who the client is.
+    pub(super) fn is_of(&mut self, client: Option<SocketAddr>) {
+        self.client = client;
+    }
+
     pub(super) fn chosen(
         &mut self,
         table: &AllocationTable,

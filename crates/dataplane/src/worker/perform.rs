@@ -6,7 +6,7 @@ use flow::{Chunk, Input, Output, RecvEnd, Shot, Side};
 use rustix::net::{Shutdown, sockopt};
 use uring::{EnterError, Group, Op, Token};
 
-use super::slot::Nodelay;
+use super::slot::{FlowSlot, Nodelay};
 use super::{BUFFERS_MORE, Worker, bit, readable_op, recv_op, send_op, writable_op};
 use crate::io::Io;
 use crate::stats::ListenerStats;
@@ -15,9 +15,14 @@ use crate::tcp;
 impl<I: Io> Worker<I> {
     pub(super) fn perform(&mut self, index: u32, output: Output) -> Result<(), EnterError> {
         match output {
+            Output::Inspect => {
+                self.inspect(index);
+                Ok(())
+            }
             Output::Connect => self.connect(index),
             Output::CancelConnect => {
-                let token = self.token(Op::Connect, index);
+                let asking = self.flows.get(index).is_some_and(FlowSlot::asks_for_tls);
+                let token = self.token(if asking { Op::ReadableBackend } else { Op::Connect }, index);
                 self.ring.cancel(token)
             }
             Output::Recv { from, shot } => self.recv(index, from, shot),

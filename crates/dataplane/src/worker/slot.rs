@@ -7,24 +7,34 @@ use std::sync::Arc;
 use allocation::{AllocationTable, LiveFacts, OpenFlow, Reader, Selector, Timestamp};
 use flow::{Flow, Shot, Side};
 
-use super::TargetSetup;
 use super::admit::{Admitted, Gate};
 use super::noted::Noted;
+use super::preface::{ClientPreface, Sorter, peer_address};
 use super::queue::Queue;
+use super::{ListenerSetup, TargetSetup};
 use crate::pipes::Pipe;
 use crate::share::PoolShare;
 use crate::stats::Shed;
 use crate::towards::{Spent, Towards};
 
 pub(super) struct Listener {
-    /// `None` once it is closed.
-    pub(super) socket: Option<OwnedFd>,
-    pub(super) armed: bool,
+    /// One for each port.
+    pub(super) doors: Box<[Door]>,
     pub(super) backlog: u16,
     /// Whom its flows are given to: the first is the default.
     pub(super) targets: Box<[Target]>,
     /// Who turns new flows away; `None`: nobody is.
     pub(super) gate: Option<Arc<Gate>>,
+    /// What is asked of a flow before it is given to anybody; `None`: nothing.
+    pub(super) sorter: Option<Box<Sorter>>,
+}
+
+/// Where connections come in: a port of a listener.
+pub(super) struct Door {
+    pub(super) port: u16,
+    /// `None` once it is closed.
+    pub(super) socket: Option<OwnedFd>,
+    pub(super) armed: bool,
 }
 
 /// A pool that serves flows of a listener.
@@ -52,6 +62,8 @@ pub(super) struct FlowSlot {
     pub(super) listener: u16,
     /// Of the listener's targets.
     pub(super) target: u16,
+    /// Which of the listener's routes it met, counted from 1; 0: none.
+    pub(super) route: u16,
     /// Submissions whose last completion has not come: a bit for each operation, of which there is one at most.
     pub(super) in_flight: u16,
     /// The backend has sent a byte.
@@ -90,6 +102,8 @@ pub(super) struct FlowSlot {
     pub(super) asked_micros: u64,
     /// Bytes delivered that its backend's count does not have yet.
     pub(super) moved: Moved,
+    /// What the client sent before it was given to anybody, and what came of it; few listeners ask.
+    pub(super) preface: Option<Box<ClientPreface>>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -135,6 +149,23 @@ pub(super) enum Nodelay {
 }
 
 impl Listener {
+    /// `seed` gives another one each time.
+    pub(super) fn new(setup: ListenerSetup, worker: usize, seed: impl Fn() -> u64) -> Self {
+        let door = |(port, socket)| Door { port, socket: Some(socket), armed: false };
+        let target = |target| Target::new(target, worker, seed());
+        Self {
+            doors: setup.sockets.into_iter().map(door).collect(),
+            backlog: setup.backlog,
+            targets: setup.targets.into_iter().map(target).collect(),
+            gate: setup.gate,
+            sorter: setup.sorter.map(Box::new),
+        }
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.doors.iter().all(|door| door.socket.is_none())
+    }
+
     /// At the beginning of a batch: tables are read again when they are asked for.
     pub(super) fn begin_batch(&mut self) {
         for target in &mut self.targets {
@@ -175,6 +206,22 @@ impl Target {
 }
 
 impl FlowSlot {
+    /// Who the client is: as the proxy in front of us says, or whoever connected. `None`: it is gone already.
+    pub(super) fn client_address(&self) -> Option<SocketAddr> {
+        let told = self.preface.as_ref().and_then(|preface| preface.addresses.source());
+        told.or_else(|| peer_address(self.client.as_ref()?.as_fd()))
+    }
+
+    /// Whether the client was promised TLS, so that a backend must be asked for it.
+    pub(super) fn must_ask_for_tls(&self) -> bool {
+        self.preface.as_ref().is_some_and(|preface| preface.tls_asked)
+    }
+
+    /// Whether a backend was asked for TLS and has not answered.
+    pub(super) fn asks_for_tls(&self) -> bool {
+        self.preface.as_ref().is_some_and(|preface| preface.asking)
+    }
+
     /// Adds what was delivered to the backend's count.
     pub(super) fn hand_over_moved(&mut self) {
         let moved = std::mem::take(&mut self.moved);
