@@ -14,6 +14,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use allocation::{Policy, PoolName};
+use flow::preface::Route;
 use registry::{PoolConfig, Requirements};
 use toml::Spanned;
 use toml::de::DeTable;
@@ -30,6 +31,7 @@ mod pool;
 mod provider;
 mod pull;
 mod reader;
+mod routing;
 mod security;
 mod tcp;
 mod upstream;
@@ -116,6 +118,8 @@ pub struct DataplaneConfig {
     pub connect_retries: u8,
     /// How long a connect to a backend may take.
     pub connect_timeout: Duration,
+    /// How long a client may take for what it sends first, where a listener reads it.
+    pub preface_timeout: Duration,
     /// How long a flow may be silent; `None`: for ever.
     pub idle_timeout: Option<Duration>,
     /// Silence after which TCP keepalive probes a peer; `None`: never.
@@ -135,6 +139,7 @@ impl Default for DataplaneConfig {
             buffers_max: 0,
             connect_retries: 2,
             connect_timeout: Duration::from_secs(5),
+            preface_timeout: Duration::from_secs(5),
             idle_timeout: Some(Duration::from_secs(3600)),
             keepalive: Some(Duration::from_secs(60)),
             drain_timeout: DRAIN_TIMEOUT_DEFAULT,
@@ -192,7 +197,15 @@ pub struct DecisionsConfig {
 pub struct ListenerConfig {
     /// Where flows are accepted.
     pub bind: ListenAddress,
-    /// Who gets them.
+    /// The last port of a range that begins with that of `bind`.
+    pub last_port: Option<u16>,
+    /// What every connection begins with, and from whom.
+    pub proxy_protocol: Option<dataplane::ProxyProtocol>,
+    /// Which flows go to another pool, in order.
+    pub routes: Vec<Route>,
+    /// The pools that routes name beside `pool`: target 1 and on.
+    pub further: Vec<PoolName>,
+    /// Who gets what no route takes.
     pub pool: PoolName,
     /// What a resource must meet beyond the pool's own requirement.
     pub requires: Requirements,
@@ -231,6 +244,13 @@ impl ConfigErrors {
     }
 }
 
+impl ListenerConfig {
+    /// The pools that its flows go to, the default one first.
+    pub fn pools(&self) -> impl Iterator<Item = &PoolName> {
+        std::iter::once(&self.pool).chain(&self.further)
+    }
+}
+
 impl Config {
     /// Parses a file's bytes.
     ///
@@ -256,9 +276,9 @@ impl Config {
         }
     }
 
-    /// The place of the table that serves a listener, among those of its pool: the pool's own comes first.
-    pub fn table_of(&self, listener: &ListenerConfig) -> usize {
-        let pool = self.pools.iter().find(|pool| pool.name == listener.pool);
+    /// The place of the table that serves a listener, among those of one of its pools: the pool's own comes first.
+    pub fn table_of(&self, pool: &PoolName, listener: &ListenerConfig) -> usize {
+        let pool = self.pools.iter().find(|known| known.name == *pool);
         let place =
             pool.and_then(|pool| pool.tables.iter().position(|requires| *requires == listener.requires));
         place.map_or(0, |place| place + 1)
@@ -404,6 +424,7 @@ fn read_dataplane(mut section: Section<'_, '_>) -> DataplaneConfig {
             default.connect_retries,
         ),
         connect_timeout: or(section.value("connect_timeout", text(above_zero)), default.connect_timeout),
+        preface_timeout: or(section.value("preface_timeout", text(above_zero)), default.preface_timeout),
         idle_timeout: or(section.value("idle_timeout", text(zero_disables)), default.idle_timeout),
         keepalive: or(section.value("keepalive", text(keepalive)), default.keepalive),
         drain_timeout: or(section.value("drain_timeout", text(parse_duration)), default.drain_timeout),
@@ -467,23 +488,37 @@ fn read_listeners(
     let mut any = false;
     let all = root.list("listener", |mut section| {
         any = true;
-        let bind = section.required("bind", "\"tcp://0.0.0.0:5432\"", text(ListenAddress::from_str));
+        let bind = section.required("bind", "\"tcp://0.0.0.0:5432\"", text(routing::bind));
         let pool = section.required("pool", "\"sql\"", text(pool_name));
         let requires = pool::requirements(&mut section);
         let tcp = tcp::read_listener(section.section("tcp"));
         let limits = limits::of_listener(section.section("limits"));
         if let Some(bind) = &bind {
-            bound.claim(section.reader(), "listener.bind", bind.get_ref().0, bind.span().start);
+            for address in bind.get_ref().addresses() {
+                bound.claim(section.reader(), "listener.bind", address, bind.span().start);
+            }
         }
         if let (Some(pool), Some(pools)) = (&pool, pools)
             && let Some(problem) = unknown_pool("listener.pool", pool.get_ref(), pools)
         {
             section.reader().report(pool.span().start, problem);
         }
-        match (bind, pool, &mut listeners) {
-            (Some(bind), Some(pool), Some(listeners)) => {
-                let (bind, pool) = (bind.into_inner(), pool.into_inner());
-                listeners.push(ListenerConfig { bind, pool, requires, tcp, limits });
+        let proxy_protocol = routing::proxy_protocol(&mut section);
+        let at = bind.as_ref().map(|bind| *bind.get_ref());
+        let routes = routing::routes(&mut section, at, pool.as_ref().map(Spanned::get_ref), pools);
+        match (at, pool, routes, &mut listeners) {
+            (Some(bind), Some(pool), Some((routes, further)), Some(listeners)) => {
+                listeners.push(ListenerConfig {
+                    bind: bind.address,
+                    last_port: bind.last_port,
+                    proxy_protocol,
+                    routes,
+                    further,
+                    pool: pool.into_inner(),
+                    requires,
+                    tcp,
+                    limits,
+                });
             }
             _ => listeners = None,
         }

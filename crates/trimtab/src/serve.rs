@@ -7,9 +7,9 @@
 use std::net::{SocketAddr, TcpListener};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use allocation::{AllocationTable, Publisher};
+use allocation::{AllocationTable, PoolName, Publisher};
 use control::{Control, ControlConfig, Phase};
-use dataplane::{Bound, PoolShare};
+use dataplane::{Bound, PoolShare, Target};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -103,10 +103,19 @@ impl Pools {
         Self(config.pools.iter().map(tables).collect())
     }
 
-    /// The table that serves a listener.
-    fn table(&self, config: &Config, listener: &ListenerConfig) -> Option<Publisher> {
-        let place = config.pools.iter().position(|pool| pool.name == listener.pool)?;
-        self.0[place].get(config.table_of(listener)).cloned()
+    /// A pool that serves a listener, with its table for it.
+    fn target(
+        &self,
+        config: &Config,
+        pool: &PoolName,
+        listener: &ListenerConfig,
+        shares: &[Option<PoolShare>],
+    ) -> Option<Target> {
+        let place = config.pools.iter().position(|known| known.name == *pool)?;
+        let table = self.0[place].get(config.table_of(pool, listener)).cloned()?;
+        let connecting = config.connecting.get(place)?.clone();
+        let share = shares.get(place).cloned().flatten();
+        Some(Target { pool: pool.clone(), table, connecting, share })
     }
 }
 
@@ -157,14 +166,18 @@ fn dataplane_config(config: &Config, pools: &Pools) -> dataplane::Config {
     // One for each pool, whichever listeners serve it.
     let shares: Vec<_> = config.pool_knobs.iter().map(|knobs| PoolShare::new(*knobs, random())).collect();
     let listeners = config.listeners.iter().filter_map(|listener| {
-        // The configuration was refused if a listener names no pool.
-        let table = pools.table(config, listener)?;
-        let place = config.pools.iter().position(|pool| pool.name == listener.pool)?;
-        let connecting = config.connecting.get(place)?.clone();
-        let share = shares.get(place).cloned().flatten();
-        let target = dataplane::Target { pool: listener.pool.clone(), table, connecting, share };
-        let (tcp, limits) = (listener.tcp.clone(), listener.limits);
-        Some(dataplane::ListenerConfig { bind: listener.bind.0, targets: vec![target], tcp, limits })
+        // The configuration was refused if a listener names no pool, or a route one that there is not.
+        let targets: Option<Vec<_>> =
+            listener.pools().map(|pool| pools.target(config, pool, listener, &shares)).collect();
+        Some(dataplane::ListenerConfig {
+            bind: listener.bind.0,
+            last_port: listener.last_port,
+            proxy: listener.proxy_protocol.clone(),
+            routes: listener.routes.clone(),
+            targets: targets?,
+            tcp: listener.tcp.clone(),
+            limits: listener.limits,
+        })
     });
     let mut made = dataplane::Config::new(listeners.collect());
     let told = &config.dataplane;
@@ -173,6 +186,7 @@ fn dataplane_config(config: &Config, pools: &Pools) -> dataplane::Config {
     made.limits.buffers_max = told.buffers_max;
     made.limits.connect_retries = told.connect_retries;
     made.timeouts.connect = told.connect_timeout;
+    made.timeouts.preface = told.preface_timeout;
     made.timeouts.idle = told.idle_timeout;
     made.timeouts.keepalive = told.keepalive;
     made.sources = told.source_addresses.clone();
@@ -203,7 +217,7 @@ fn control_config(
         publishers: publishers.clone(),
         listeners: addresses
             .iter()
-            .filter(|(listener, _)| listener.pool == pool.name)
+            .filter(|(listener, _)| listener.pools().any(|name| *name == pool.name))
             .map(|(_, address)| ListenAddress(*address).to_string())
             .collect(),
     });
@@ -238,7 +252,8 @@ fn balancer_id() -> String {
 /// What scripts wait for: where everything listens, with the ports that were really bound.
 fn lines(config: &Config, bound: &Bound, control: &Control) -> String {
     let listening = |(listener, address): (&ListenerConfig, SocketAddr)| {
-        format!("listening {} pool={}\n", ListenAddress(address), listener.pool)
+        let range = listener.last_port.map(|last| format!("-{last}")).unwrap_or_default();
+        format!("listening {}{range} pool={}\n", ListenAddress(address), listener.pool)
     };
     let listeners: String = config.listeners.iter().zip(bound.addresses()).map(listening).collect();
     format!(

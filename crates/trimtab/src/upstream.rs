@@ -118,7 +118,11 @@ fn links(config: &Config, upstream: &UpstreamConfig, bound: &[SocketAddr]) -> Re
         let mut agent = AgentConfig::new(balancers.clone(), resource);
         agent.transport = upstream.transport.clone();
         agent.report_interval = upstream.report_interval;
-        links.push(Link { pool: listener.pool.clone(), table: config.table_of(listener), agent });
+        links.push(Link {
+            pool: listener.pool.clone(),
+            table: config.table_of(&listener.pool, listener),
+            agent,
+        });
     }
     Ok(links)
 }

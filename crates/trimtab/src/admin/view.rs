@@ -270,6 +270,8 @@ pub struct DecisionView {
     pub worker: u32,
     /// Where the connection came in.
     pub listener: String,
+    /// Which of the listener's routes the flow met, counted from 1; 0: none.
+    pub route: u32,
     /// Of the table that it was made by.
     pub generation: u64,
     /// Who got the connection; empty: nobody.
@@ -327,6 +329,7 @@ impl From<Decision> for DecisionView {
             age_seconds: seconds(decision.age),
             worker: decision.worker,
             listener: decision.listener,
+            route: decision.route,
             generation: decision.generation,
             chosen: decision.chosen,
             no_backend: decision.no_backend,
@@ -773,6 +776,9 @@ fn decision_text(decision: &DecisionView) -> String {
         decision.generation,
         decision.eligible
     );
+    if decision.route > 0 {
+        let _ = write!(out, ", route {}", decision.route);
+    }
     if !decision.version.is_empty() {
         let _ = write!(out, ", version {}", printable(&decision.version));
     }

@@ -197,7 +197,7 @@ fn split_by(text: &str) -> Result<SplitBy, Problem> {
 /// Gives each pool a table for every requirement of its listeners.
 pub(super) fn add_tables(pools: &mut [PoolConfig], listeners: &[ListenerConfig]) {
     for pool in pools {
-        let of_pool = listeners.iter().filter(|listener| listener.pool == pool.name);
+        let of_pool = listeners.iter().filter(|listener| listener.pools().any(|name| *name == pool.name));
         for requires in of_pool.map(|listener| &listener.requires).filter(|requires| !requires.is_empty()) {
             if !pool.tables.contains(requires) {
                 pool.tables.push(requires.clone());

@@ -46,6 +46,7 @@ pub(super) fn read_listener(mut section: Section<'_, '_>) -> ListenerTcp {
 /// Reads `source_addresses`, `transparent` and `[pool.tcp]` of a `[[pool]]`.
 pub(super) fn read_pool(section: &mut Section<'_, '_>) -> Connecting {
     let sources = source_addresses(section);
+    let proxy = or(section.value("proxy_protocol", text(super::routing::outgoing)), None);
     let transparent = section.value("transparent", boolean);
     let mut tcp = section.section("tcp");
     let options = read_options(&mut tcp);
@@ -67,7 +68,8 @@ pub(super) fn read_pool(section: &mut Section<'_, '_>) -> Connecting {
         let at = transparent.span().start;
         section.reader().report(at, Problem::new(message, "remove one of the two"));
     }
-    Connecting { options, fast_open: or(fast_open, false), sources, transparent: or(transparent, false) }
+    let (fast_open, transparent) = (or(fast_open, false), or(transparent, false));
+    Connecting { proxy, options, fast_open, sources, transparent }
 }
 
 /// `source_addresses`, of `[dataplane]` or a pool.

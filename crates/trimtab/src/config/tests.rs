@@ -1,5 +1,7 @@
 use std::collections::BTreeSet;
 
+use flow::preface::proxy::Version;
+
 use super::*;
 
 const EXAMPLE: &str = include_str!("../../../../deploy/trimtab.example.toml");
@@ -42,6 +44,10 @@ fn the_least_file_takes_every_default() {
             checks: vec![None],
             listeners: vec![ListenerConfig {
                 bind: "tcp://127.0.0.1:5432".parse().unwrap(),
+                last_port: None,
+                proxy_protocol: None,
+                routes: Vec::new(),
+                further: Vec::new(),
                 pool: "sql".parse().unwrap(),
                 requires: Requirements::default(),
                 tcp: dataplane::ListenerTcp::default(),
@@ -178,6 +184,7 @@ fn every_value_can_be_changed() {
         connect_retries = 0
         source_addresses = ["10.0.0.9", "::1"]
         connect_timeout = "250ms"
+        preface_timeout = "1s"
         idle_timeout = "0s"
         keepalive = "0s"
         drain_timeout = "2m"
@@ -199,6 +206,7 @@ fn every_value_can_be_changed() {
             connect_retries: 0,
             source_addresses: vec!["10.0.0.9".parse().unwrap(), "::1".parse().unwrap()],
             connect_timeout: Duration::from_millis(250),
+            preface_timeout: Duration::from_secs(1),
             idle_timeout: None,
             keepalive: None,
             drain_timeout: Duration::from_secs(120),
@@ -314,6 +322,82 @@ fn listeners_share_a_table_where_they_require_the_same() {
     let many: String = (0..64).map(|n| listener(&format!("requires = [\"k{n}\"]"))).collect();
     let got = errors(&(with_a_listener("") + &many));
     assert!(got.ends_with("the listeners of pool sql have 64 different `requires`\n  hint: a pool takes 63 beyond its own: use another pool\n"), "{got}");
+}
+
+#[test]
+fn routes_and_headers_as_they_may_be_written() {
+    let file = r#"
+[[pool]]
+name = "a"
+proxy_protocol = "v2"
+[[pool]]
+name = "b"
+[[listener]]
+bind = "tcp://0.0.0.0:5000-5010"
+pool = "a"
+requires = ["tls"]
+proxy_protocol = "any"
+trusted = ["10.0.0.0/8", "192.0.2.7"]
+[[listener.route]]
+pool = "b"
+sni = ["*.Example.com", "db.example.com"]
+alpn = ["postgresql"]
+from = ["10.1.2.3/8"]
+ports = "5000-5004"
+[[listener.route]]
+pool = "a"
+ports = "5005"
+[[listener.route]]
+pool = "b"
+from = ["2001:db8::1"]
+"#;
+    let config = Config::parse(file.as_bytes()).expect("a good file");
+    let proxies: Vec<_> = config.connecting.iter().map(|pool| pool.proxy).collect();
+    assert_eq!(proxies, [Some(Version::V2), None]);
+    let listener = &config.listeners[0];
+    assert_eq!((listener.bind.to_string().as_str(), listener.last_port), ("tcp://0.0.0.0:5000", Some(5_010)));
+    let trusted = &listener.proxy_protocol.as_ref().expect("a proxy").trusted;
+    assert_eq!(trusted.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.0.0.0/8", "192.0.2.7/32"]);
+    assert_eq!(listener.routes.iter().map(|route| route.target).collect::<Vec<_>>(), [1, 0, 1]);
+    assert_eq!(listener.routes[0].networks[0].to_string(), "10.0.0.0/8");
+    assert_eq!(listener.further.len(), 1);
+    // What a listener requires is asked of every pool that it has.
+    assert_eq!((config.pools[0].tables.len(), config.pools[1].tables.len()), (1, 1));
+}
+
+/// Lines of a listener, from line 7 of a file on, and what is said of them.
+const WRONG_ROUTES: &[(&str, &str)] = &[
+    (
+        "proxy_protocol = \"v3\"",
+        "f:7:18: error: `listener.proxy_protocol`: there is no PROXY protocol \"v3\"\n  hint: write \"off\", \"v1\", \"v2\", or \"any\" for both\n",
+    ),
+    (
+        "proxy_protocol = \"any\"",
+        "f:7:18: error: `listener.proxy_protocol`: nobody is trusted with a header, so every client would be refused\n  hint: add trusted = [\"10.0.0.0/8\"] with the networks of the proxies in front\n",
+    ),
+    (
+        "trusted = [\"10.0.0.0/8\"]",
+        "f:7:11: error: `listener.trusted`: nobody is asked for a PROXY header\n  hint: add proxy_protocol = \"any\" (or \"v1\", \"v2\"), or remove it\n",
+    ),
+    (
+        "[[listener.route]]\npool = \"sql\"",
+        "f:7:1: error: `listener.route` has no condition: every flow would go by it\n  hint: add sni, alpn, from or ports, or remove it and name its pool as the listener's\n",
+    ),
+    (
+        "[[listener.route]]\npool = \"web\"\nports = \"5432-5433\"",
+        "f:8:8: error: `listener.route.pool`: there is no pool \"web\"\n  hint: add [[pool]] with name = \"web\"\nf:9:9: error: `listener.route.ports`: the listener does not have all of these ports\n  hint: it has 5432 alone\n",
+    ),
+    (
+        "[[listener.route]]\npool = \"sql\"\nsni = [\"10.0.0.1\"]\nalpn = []\nfrom = [\"10.0.0.0/33\"]\nport = \"1\"",
+        "f:9:7: error: `listener.route.sni`: \"10.0.0.1\" is not a server name: an address is never asked for by name (RFC 6066)\n  hint: write names as clients ask for them: \"db.example.com\", \"*.example.com\"\nf:10:8: error: `listener.route.alpn`: the list is empty, so nobody would meet it\n  hint: remove the key, or name one at least\nf:11:8: error: `listener.route.from`: \"10.0.0.0/33\" is not a network\n  hint: write networks or addresses: \"10.0.0.0/8\", \"2001:db8::/32\", \"192.0.2.7\"\nf:12:1: error: there is no key `listener.route.port`\n  hint: did you mean `ports`?\n",
+    ),
+];
+
+#[test]
+fn routes_and_headers_as_they_may_not_be_written() {
+    for (lines, expected) in WRONG_ROUTES {
+        assert_eq!(errors(&(with_a_listener("") + lines)), *expected, "{lines}");
+    }
 }
 
 /// Lines of a pool, from line 6 of a file on, and what is said of them.
@@ -983,7 +1067,7 @@ fn every_knob_of_tcp_can_be_changed() {
         ..dataplane::TcpOptions::default()
     };
     let sources = vec!["10.0.0.9".parse().unwrap(), "fd00::9".parse().unwrap()];
-    let sql = dataplane::Connecting { options, fast_open: true, sources, transparent: false };
+    let sql = dataplane::Connecting { proxy: None, options, fast_open: true, sources, transparent: false };
     let other = dataplane::Connecting { transparent: true, ..dataplane::Connecting::default() };
     assert_eq!(config.connecting, [sql, other]);
 }
