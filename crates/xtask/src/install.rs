@@ -41,6 +41,8 @@ const GROUPS: &[Group] = &[
             "prometheus-postgres-exporter",
             "prometheus-mysqld-exporter",
             "mariadb-client-core",
+            // s_server and s_client, which are routed by name and protocol.
+            "openssl",
             "mariadb-server-core",
             "socat",
             "haproxy",

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod edges;
+mod fuzz;
 mod install;
 mod metadata;
 mod test;
@@ -14,9 +15,11 @@ Usage: cargo xtask <command>
 
   test [step…]      everything that must pass before a change is taken: installs what is missing, then format,
                     lints, dependency edges, tests, doc tests, release build, end-to-end tests.
-                    With steps named, only those: install format lints edges tests doctests build e2e
+                    With steps named, only those: install format lints edges tests doctests fuzz build e2e
   install [group…]  missing Debian packages of the groups `test` (the default) and `bench`
   edges             which crate may import which
+  fuzz [target] [--seconds N]
+                    libFuzzer over one target or all, a minute each if nothing else is said
 ";
 
 fn main() -> ExitCode {
@@ -26,6 +29,7 @@ fn main() -> ExitCode {
         Some("test") => test::run(rest),
         Some("install") => install::run(rest),
         Some("edges") => edges::run(),
+        Some("fuzz") => fuzz::run(rest),
         Some("help" | "--help" | "-h") => {
             print!("{USAGE}");
             return ExitCode::SUCCESS;

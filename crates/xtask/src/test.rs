@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use crate::metadata::{Metadata, cargo, root};
-use crate::{edges, install};
+use crate::{edges, fuzz, install};
 
 /// One thing that must pass.
 struct Step {
@@ -30,6 +30,7 @@ const STEPS: &[Step] = &[
         what: "examples in the documentation",
         run: || run_cargo(&["test", "--doc", "--workspace", "--quiet"]),
     },
+    Step { name: "fuzz", what: "each fuzz target for a few seconds", run: fuzz::smoke },
     Step {
         name: "build",
         what: "the release binary",
