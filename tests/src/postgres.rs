@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
@@ -52,13 +52,35 @@ impl Postgres {
     /// When PostgreSQL is not installed or does not start.
     #[track_caller]
     pub fn start() -> Self {
+        Self::start_with(None)
+    }
+
+    /// As [`Self::start`], with TLS of this certificate and key (PEM).
+    ///
+    /// # Panics
+    /// As that.
+    #[track_caller]
+    pub fn start_with_tls(certificate: &str, key: &str) -> Self {
+        Self::start_with(Some((certificate, key)))
+    }
+
+    #[track_caller]
+    fn start_with(tls: Option<(&str, &str)>) -> Self {
         let template = template();
         let folder = folder();
         let data = folder.path().join("data");
         copy(&template, &data);
+        if let Some((certificate, key)) = tls {
+            for (name, text) in [("server.crt", certificate), ("server.key", key)] {
+                let file = data.join(name);
+                fs::write(&file, text).expect("our own folder");
+                // It refuses a key that others may read.
+                fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("our own file");
+            }
+        }
         own(folder.path());
         let address = crate::loopback();
-        let process = serve(&data, address);
+        let process = serve(&data, address, if tls.is_some() { &["ssl=on"] } else { &[] });
         let mut server = Self { address, process, _folder: folder };
         server.wait_until_ready();
         server
@@ -148,13 +170,14 @@ impl Drop for Postgres {
 }
 
 #[track_caller]
-fn serve(data: &Path, address: SocketAddr) -> Process {
+fn serve(data: &Path, address: SocketAddr, further: &[&str]) -> Process {
     let mut command = as_owner(&program("postgres"));
     command.arg("-D").arg(data);
     let sockets = format!("unix_socket_directories={}", data.display());
     let listen = format!("listen_addresses={}", address.ip());
     let port = format!("port={}", address.port());
-    for setting in SETTINGS.into_iter().chain([sockets.as_str(), &listen, &port]) {
+    let own = [sockets.as_str(), &listen, &port];
+    for setting in SETTINGS.iter().chain(&own).chain(further) {
         command.args(["-c", setting]);
     }
     Process::start("postgres", &mut command)
@@ -188,7 +211,7 @@ fn template() -> PathBuf {
         "UTF8",
     ]));
     let address = crate::loopback();
-    let process = serve(&data, address);
+    let process = serve(&data, address, &[]);
     let mut server = Postgres { address, process, _folder: folder };
     server.wait_until_ready();
     let port = address.port().to_string();
