@@ -15,6 +15,8 @@ use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 /// What is exhausted is there again; the proxy has so long to notice.
 const RECOVERS_WITHIN: Duration = Duration::from_secs(1);
+/// Who is not reset for so long was let in.
+const LET_IN: Duration = Duration::from_millis(10);
 /// A flood ends after so many connections at the latest.
 const FLOOD_MAX: u32 = 30_000;
 
@@ -44,8 +46,11 @@ fn a_flood_from_one_address_fails_no_transaction_of_another() {
             scope.spawn(|| {
                 while !over.load(Relaxed) && offered.fetch_add(1, Relaxed) < FLOOD_MAX {
                     // A reset may come before the connect's end is seen.
-                    let answer =
-                        connect_from(flooder(1), listener).and_then(|mut stream| stream.read(&mut [0]));
+                    let answer = connect_from(flooder(1), listener).and_then(|mut stream| {
+                        // Who is let in does not wait to be served.
+                        stream.set_read_timeout(Some(LET_IN))?;
+                        stream.read(&mut [0])
+                    });
                     turned_away.fetch_add(u32::from(is_reset(&answer)), Relaxed);
                 }
             });
@@ -110,8 +115,9 @@ fn half_open_clients_hold_no_more_than_their_part() {
 fn more_clients_than_places_wait_and_none_fails() {
     let pool = "flows_max_per_resource = 2\n[pool.queue]\ndeadline = \"20s\"";
     let lab = Lab::start(2, config(pool, ""));
+    // A thread for each: one that connects waits, and could not end what its other clients have begun.
     let transactions =
-        PgBench::start(lab.listener(), &["-c", "20", "-j", "2", "-C", "-S", "-t", "10"]).succeed(PATIENCE);
+        PgBench::start(lab.listener(), &["-c", "20", "-j", "20", "-C", "-S", "-t", "10"]).succeed(PATIENCE);
     let metrics = lab.balancer.metrics();
     let waited = metrics.sum("trimtab_flows_queued_total", &[]);
     println!("{transactions} transactions by 20 clients at 4 places; {waited} of their connections waited");
@@ -150,9 +156,11 @@ fn a_client_is_kept_and_the_log_says_so() {
             .collect();
         (lines.len() == 21).then_some(lines)
     });
-    for (n, line) in lines.iter().enumerate() {
+    // Lines of different workers may be in another order.
+    assert_eq!(lines.iter().filter(|line| line["affinity"] == "new").count(), 1);
+    assert_eq!(lines.iter().filter(|line| line["affinity"] == "kept").count(), 20);
+    for line in &lines {
         assert_eq!(line["resource"], name.as_str(), "{line}");
-        assert_eq!(line["affinity"], if n == 0 { "new" } else { "kept" }, "{line}");
         assert_eq!(line["end"], "ended", "{line}");
         assert!(line["bytes_to_client"].as_u64() > Some(100), "{line}");
         assert!(line["first_byte_seconds"].as_f64() <= line["seconds"].as_f64(), "{line}");
@@ -192,17 +200,14 @@ fn it_recovers_from_having_no_descriptors() {
         prlimit(pid, Resource::Nofile, Rlimit { current, maximum: hard }).expect("our own process")
     };
     let before = limit(Some(3));
-    // The kernel accepts them, the proxy cannot.
-    let waiting: Vec<_> = (0..50).map(|_| connect(listener).expect("a place in the backlog")).collect();
-    proxy.process().wait_for_error_line(PATIENCE, |line| line.contains("cannot accept").then_some(()));
+    // The accept was armed before and goes on; there is no socket to connect to the backend with.
+    for _ in 0..50 {
+        let shed = exchange();
+        assert!(is_reset(&shed), "{shed:?}");
+    }
     limit(before.current);
-    let ((), took) = within(RECOVERS_WITHIN, "those that waited are served", || {
-        waiting.iter().for_each(|stream| _ = greet(stream).expect("a greeting"));
-        Some(())
-    });
-    assert!(took < RECOVERS_WITHIN, "it took {took:?}");
-    println!("50 connections that waited were served {took:?} after there were descriptors again");
-    drop(waiting);
+    let ((), took) = within(RECOVERS_WITHIN, "a connection is served", || exchange().ok().map(drop));
+    println!("a connection was served {took:?} after there were descriptors again");
     proxy.stop(PATIENCE);
 }
 
