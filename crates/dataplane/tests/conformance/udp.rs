@@ -22,6 +22,24 @@ fn engine() -> Engine {
     Engine::ALL.into_iter().find(|engine| engine.name() == name).expect("a module named as an engine")
 }
 
+/// An address that no other test has. Ports of UDP are used again at once: a late answer to one test's client would begin a flow
+/// in another's proxy, and between two proxies before echo servers it would go to and fro for ever.
+fn host() -> IpAddr {
+    use std::sync::atomic::AtomicU8;
+    static TESTS: AtomicU8 = AtomicU8::new(1);
+    thread_local!(static HOST: IpAddr = {
+        let [.., high, low] = std::process::id().to_be_bytes();
+        let engine = Engine::ALL.iter().position(|one| *one == engine()).unwrap() as u8;
+        IpAddr::from([127, 64 + 40 * engine + high % 40, low, TESTS.fetch_add(1, Ordering::Relaxed)])
+    });
+    HOST.with(|host| *host)
+}
+
+/// Any free port of it.
+fn any() -> String {
+    format!("{}:0", host())
+}
+
 /// A dataplane with one listener of datagrams, and the table it reads.
 struct Proxy {
     dataplane: Dataplane,
@@ -48,7 +66,7 @@ impl Proxy {
     }
 
     fn tuned(backends: &[SocketAddr], tune: impl FnOnce(&mut UdpConfig)) -> Self {
-        Self::at("127.0.0.1:0", Policy::RoundRobin, backends, 1, tune)
+        Self::at(&any(), Policy::RoundRobin, backends, 1, tune)
     }
 
     fn at(
@@ -107,7 +125,10 @@ impl Proxy {
 }
 
 fn client_of(address: SocketAddr) -> UdpSocket {
-    let socket = UdpSocket::bind((if address.is_ipv4() { "127.0.0.1" } else { "::1" }, 0)).unwrap();
+    let socket = match address {
+        SocketAddr::V4(_) => UdpSocket::bind(any()).unwrap(),
+        SocketAddr::V6(_) => UdpSocket::bind("[::1]:0").unwrap(),
+    };
     socket.connect(address).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     socket
@@ -140,14 +161,14 @@ fn echo(socket: &UdpSocket, datagram: &[u8], from: SocketAddr) {
 
 /// A server that answers with its name.
 fn named(name: &'static str) -> SocketAddr {
-    server_at("127.0.0.1:0", move |socket, _, from| {
+    server_at(&any(), move |socket, _, from| {
         let _ = socket.send_to(name.as_bytes(), from);
     })
 }
 
 /// An address where nothing listens.
 fn refusing() -> SocketAddr {
-    UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    UdpSocket::bind(any()).unwrap().local_addr().unwrap()
 }
 
 fn ask(client: &UdpSocket, datagram: &[u8]) -> Vec<u8> {
@@ -160,7 +181,7 @@ fn ask(client: &UdpSocket, datagram: &[u8]) -> Vec<u8> {
 
 #[test]
 fn datagrams_go_both_ways_as_they_are() {
-    let proxy = Proxy::to(&[server_at("127.0.0.1:0", echo)]);
+    let proxy = Proxy::to(&[server_at(&any(), echo)]);
     let client = proxy.client();
     // Empty ones end a multishot receive; 65,507 is the most that IPv4 carries.
     for length in [1, 0, 1_200, 0, 0, 9_000, 65_507, 3] {
@@ -179,8 +200,8 @@ fn datagrams_go_both_ways_as_they_are() {
 
 #[test]
 fn ipv6_on_both_sides_and_mixed() {
-    let (v6, v4) = (server_at("[::1]:0", echo), server_at("127.0.0.1:0", echo));
-    for bind in ["[::1]:0", "127.0.0.1:0"] {
+    let (v6, v4) = (server_at("[::1]:0", echo), server_at(&any(), echo));
+    for bind in ["[::1]:0", &any()] {
         let proxy = Proxy::at(bind, Policy::RoundRobin, &[v6, v4], 1, |_| {});
         for _ in 0..2 {
             assert_eq!(ask(&proxy.client(), b"six"), b"six");
@@ -208,7 +229,7 @@ fn a_flow_keeps_its_backend_and_flows_are_balanced() {
 
 #[test]
 fn an_answer_comes_from_the_address_that_was_asked() {
-    let backend = server_at("127.0.0.1:0", echo);
+    let backend = server_at(&any(), echo);
     for (bind, asked) in [("0.0.0.0:0", "127.0.0.7"), ("0.0.0.0:0", "127.0.0.1"), ("[::]:0", "::1")] {
         let proxy = Proxy::at(bind, Policy::RoundRobin, &[backend], 1, |_| {});
         let asked = SocketAddr::new(asked.parse::<IpAddr>().unwrap(), proxy.address.port());
@@ -218,7 +239,7 @@ fn an_answer_comes_from_the_address_that_was_asked() {
     }
     // One client, two addresses of ours: two flows.
     let proxy = Proxy::at("0.0.0.0:0", Policy::RoundRobin, &[backend], 1, |_| {});
-    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let client = UdpSocket::bind(any()).unwrap();
     client.set_read_timeout(Some(PATIENCE)).unwrap();
     for asked in ["127.0.0.2", "127.0.0.3"] {
         let asked: SocketAddr = (asked.parse::<IpAddr>().unwrap(), proxy.address.port()).into();
@@ -234,7 +255,7 @@ fn trains_of_unlike_sizes_arrive_datagram_by_datagram() {
     // Bursts each way: what came together goes out together, and must come apart again as it was.
     let sizes = [1_200, 1_200, 1_200, 300, 1_200, 64, 64, 64, 0, 64, 1_400, 1_400, 1, 1, 1, 900];
     let (tell, seen) = std::sync::mpsc::channel();
-    let backend = server_at("127.0.0.1:0", move |socket, datagram, from| {
+    let backend = server_at(&any(), move |socket, datagram, from| {
         tell.send(datagram.to_vec()).unwrap();
         if datagram == b"go" {
             for (n, size) in sizes.iter().cycle().take(64).enumerate() {
@@ -295,7 +316,7 @@ fn nobody_to_give_it_to_ends_the_flow() {
 
 #[test]
 fn a_backend_that_dies_is_replaced_with_the_next_datagram() {
-    let mortal = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let mortal = UdpSocket::bind(any()).unwrap();
     mortal.set_read_timeout(Some(PATIENCE)).unwrap();
     let proxy = Proxy::to(&[mortal.local_addr().unwrap(), named("heir")]);
     // One of two clients comes to it.
@@ -327,7 +348,7 @@ fn a_backend_that_dies_is_replaced_with_the_next_datagram() {
 
 #[test]
 fn silence_ends_a_flow() {
-    let proxy = Proxy::tuned(&[server_at("127.0.0.1:0", echo)], |udp| {
+    let proxy = Proxy::tuned(&[server_at(&any(), echo)], |udp| {
         udp.idle_timeout = Duration::from_millis(100);
     });
     let client = proxy.client();
@@ -350,7 +371,7 @@ fn a_flow_that_is_answered_is_over() {
     eventually("all are over", || proxy.closed("ended") == 4);
     proxy.finish();
     // Two questions before the first answer: one flow, which ends with the second answer.
-    let slow = server_at("127.0.0.1:0", {
+    let slow = server_at(&any(), {
         let waiting = std::cell::RefCell::new(Vec::new());
         move |socket, datagram, from| {
             waiting.borrow_mut().push((datagram.to_vec(), from));
@@ -374,7 +395,7 @@ fn a_flow_that_is_answered_is_over() {
 #[test]
 fn a_query_that_comes_with_the_answer_before_it_is_answered() {
     // Several outstanding on one socket, each answer followed by the next query at once: what dnsperf does.
-    let proxy = Proxy::tuned(&[server_at("127.0.0.1:0", echo)], |udp| udp.responses = 1);
+    let proxy = Proxy::tuned(&[server_at(&any(), echo)], |udp| udp.responses = 1);
     let clients: Vec<_> = (0..8).map(|_| proxy.client()).collect();
     for client in &clients {
         (0..5).for_each(|_| assert_eq!(client.send(b"query").unwrap(), 5));
@@ -407,7 +428,7 @@ fn requests_are_balanced_one_by_one() {
 
 #[test]
 fn new_flows_are_shed_at_the_bound_and_old_ones_go_on() {
-    let proxy = Proxy::tuned(&[server_at("127.0.0.1:0", echo)], |udp| {
+    let proxy = Proxy::tuned(&[server_at(&any(), echo)], |udp| {
         udp.flows_max = 10;
         udp.idle_timeout = Duration::from_secs(3);
     });
@@ -429,7 +450,7 @@ fn new_flows_are_shed_at_the_bound_and_old_ones_go_on() {
 
 #[test]
 fn thousands_of_flows_pass_through_a_bounded_table() {
-    let proxy = Proxy::tuned(&[server_at("127.0.0.1:0", echo)], |udp| {
+    let proxy = Proxy::tuned(&[server_at(&any(), echo)], |udp| {
         udp.flows_max = 500;
         udp.idle_timeout = Duration::from_millis(200);
     });
@@ -450,7 +471,7 @@ fn thousands_of_flows_pass_through_a_bounded_table() {
 
 #[test]
 fn open_flows_go_on_while_it_drains_and_new_ones_are_refused() {
-    let proxy = Proxy::tuned(&[server_at("127.0.0.1:0", echo)], |udp| {
+    let proxy = Proxy::tuned(&[server_at(&any(), echo)], |udp| {
         udp.idle_timeout = Duration::from_millis(1_500);
     });
     let client = proxy.client();
@@ -466,7 +487,7 @@ fn open_flows_go_on_while_it_drains_and_new_ones_are_refused() {
     assert_eq!(proxy.closed("idle"), 1);
     proxy.finish();
     // At its deadline it does not wait any longer.
-    let proxy = Proxy::to(&[server_at("127.0.0.1:0", echo)]);
+    let proxy = Proxy::to(&[server_at(&any(), echo)]);
     assert_eq!(ask(&proxy.client(), b"x"), b"x");
     proxy.dataplane.drain(Duration::from_millis(50));
     eventually("it ends", || proxy.dataplane.is_finished());
@@ -477,7 +498,7 @@ fn open_flows_go_on_while_it_drains_and_new_ones_are_refused() {
 #[test]
 fn a_client_keeps_its_backend_over_a_restart() {
     let backends: Vec<SocketAddr> = ["a", "b", "c", "d", "e"].into_iter().map(named).collect();
-    let mut port = "127.0.0.1:0".to_owned();
+    let mut port = any();
     let mut answers: Vec<Vec<Vec<u8>>> = Vec::new();
     for workers in [1, 2] {
         let proxy = Proxy::at(&port, Policy::Maglev, &backends, workers, |_| {});
@@ -511,7 +532,7 @@ fn long_header(destination: &[u8], source: &[u8]) -> Vec<u8> {
 /// Answers handshakes with an ID of its own, and everything else with its name.
 fn quic_server(name: u8) -> SocketAddr {
     let count = AtomicUsize::new(0);
-    server_at("127.0.0.1:0", move |socket, packet, from| {
+    server_at(&any(), move |socket, packet, from| {
         if packet[0] & 0x80 != 0 {
             let n = count.fetch_add(1, Ordering::Relaxed) as u8;
             socket.send_to(&long_header(&[1; 4], &[name, n, 3, 4, 5, 6, 7, 8]), from).unwrap();
@@ -525,7 +546,7 @@ fn quic_server(name: u8) -> SocketAddr {
 fn a_quic_client_that_moves_stays_on_its_backend() {
     let backends: Vec<_> = (0..4).map(quic_server).collect();
     // Two workers: a client that moves may come to the other one.
-    let proxy = Proxy::at("127.0.0.1:0", Policy::RoundRobin, &backends, 2, |udp| udp.quic = true);
+    let proxy = Proxy::at(&any(), Policy::RoundRobin, &backends, 2, |udp| udp.quic = true);
     // All stay, so that nobody comes from a port where another one's flow is still known.
     let mut clients = Vec::new();
     for n in 0..12_u8 {
@@ -547,14 +568,15 @@ fn a_quic_client_that_moves_stays_on_its_backend() {
 #[test]
 fn a_quic_client_that_moves_under_a_new_id_is_found_by_the_server_id() {
     let backends: Vec<_> = (0..4).map(quic_server).collect();
-    let proxy = Proxy::at("127.0.0.1:0", Policy::RoundRobin, &backends, 1, |udp| {
+    let proxy = Proxy::at(&any(), Policy::RoundRobin, &backends, 1, |udp| {
         udp.quic = true;
         udp.quic_server_id = Some(ServerIdForm::Ipv4Port);
     });
     for (name, backend) in backends.iter().enumerate() {
         for nonce in 0..5_u8 {
             let port = backend.port().to_be_bytes();
-            let packet = [&[0x40, 0x07, 127, 0, 0, 1], &port[..], &[nonce; 10]].concat();
+            let IpAddr::V4(ip) = backend.ip() else { unreachable!() };
+            let packet = [&[0x40, 0x07][..], &ip.octets(), &port, &[nonce; 10]].concat();
             assert_eq!(ask(&proxy.client(), &packet), [name as u8]);
         }
     }
@@ -565,7 +587,7 @@ fn a_quic_client_that_moves_under_a_new_id_is_found_by_the_server_id() {
 
 #[test]
 fn tcp_and_udp_share_a_port_and_a_taken_one_is_said() {
-    let holder = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let holder = UdpSocket::bind(any()).unwrap();
     let (table, _) = table(Policy::RoundRobin, &[]);
     let publisher = Publisher::new(table);
     let address = holder.local_addr().unwrap();
