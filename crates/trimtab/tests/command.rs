@@ -77,7 +77,7 @@ fn a_wrong_command_line_exits_64() {
         &["serve"][..],
         &["nonsense"],
         &[],
-        &["proxy", "--listen", "udp://127.0.0.1:1", "--to", "127.0.0.1:2"],
+        &["proxy", "--listen", "sctp://127.0.0.1:1", "--to", "127.0.0.1:2"],
         &["proxy", "--listen", "tcp://127.0.0.1:0", "--to", "0.0.0.0:1"],
         &["proxy", "--listen", "tcp://127.0.0.1:0", "--to", "127.0.0.1:1", "--engine", "kqueue"],
         &["resources", "--control", "ftp://127.0.0.1:1"],

@@ -82,7 +82,7 @@ fn every_port_in_use_is_named_at_once_and_exits_71() {
     assert_eq!(proxy.wait(), 71);
     let said = proxy.stderr();
     assert!(listen.iter().all(|listen| said.contains(listen.as_str())), "{said}");
-    assert_eq!(said.lines().count(), 2, "{said}");
+    assert_eq!(said.lines().filter(|line| line.starts_with("trimtab: error")).count(), 2, "{said}");
 }
 
 #[test]

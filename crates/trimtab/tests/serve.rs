@@ -185,6 +185,7 @@ fn every_address_in_use_is_said_with_its_key() {
         for (key, index) in [("control.listen", 1), ("http.listen", 2)] {
             assert!(said.contains(&format!("{key} cannot listen on {}", address(index))), "{said}");
         }
-        assert_eq!(said.lines().count(), 2 + usize::from(listener_taken), "{said}");
+        let errors = said.lines().filter(|line| line.starts_with("trimtab: error")).count();
+        assert_eq!(errors, 2 + usize::from(listener_taken), "{said}");
     }
 }

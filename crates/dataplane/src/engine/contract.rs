@@ -169,7 +169,7 @@ fn a_send_goes_out_whole_however_slowly_it_is_read<I: Io>() {
         bench.io.send(ours.as_fd(), buffer, 0, length, token(Op::SendClient)).unwrap();
         bench.turn();
         match bench.find(Op::SendClient) {
-            Some(done) => sent += done.result as usize,
+            Some(done) => sent += usize::try_from(done.result).unwrap(),
             None => break,
         }
     }

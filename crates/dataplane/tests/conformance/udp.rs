@@ -587,7 +587,9 @@ fn a_quic_client_that_moves_under_a_new_id_is_found_by_the_server_id() {
 
 #[test]
 fn tcp_and_udp_share_a_port_and_a_taken_one_is_said() {
-    let holder = UdpSocket::bind(any()).unwrap();
+    // An address of its own, where nobody has that port for TCP.
+    let [.., a, b] = std::process::id().to_be_bytes();
+    let holder = UdpSocket::bind((IpAddr::from([127, 91, a, b]), 0)).unwrap();
     let (table, _) = table(Policy::RoundRobin, &[]);
     let publisher = Publisher::new(table);
     let address = holder.local_addr().unwrap();
