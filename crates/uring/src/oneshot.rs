@@ -36,13 +36,14 @@ pub fn recv(pool: &BufferPool, socket: BorrowedFd<'_>, group: Group) -> Oneshot 
     Oneshot { entry, memory: Some(pool.memory()) }
 }
 
-/// Sends a part of a held buffer, which must stay held until the completion. Kernels before 6.0 may send less of it.
+/// Sends a part of a held buffer, which must stay held until the completion: as much as there is room for, `EAGAIN` where there
+/// is none (see [`crate::Ring::send`]).
 ///
 /// # Panics
 /// If the buffer is not held.
 pub fn send(pool: &BufferPool, socket: BorrowedFd<'_>, buffer: u16, start: u32, length: u32) -> Oneshot {
     let address = pool.held_bytes(buffer, start, length);
-    let flags = libc::MSG_WAITALL | libc::MSG_NOSIGNAL;
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
     let entry = opcode::Send::new(fd(socket), address, length).flags(flags).build();
     Oneshot { entry, memory: Some(pool.memory()) }
 }

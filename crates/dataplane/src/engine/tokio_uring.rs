@@ -26,7 +26,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{Shutdown, sockopt};
@@ -63,12 +63,18 @@ struct State {
     files: HashMap<RawFd, Busy, BuildHasherDefault<Mix>>,
     pool: BufferPool,
     done: Vec<Completion>,
+    /// Polls for room that rest, see [`ROOM_REST`]; few at any time, the oldest first.
+    resting: VecDeque<(Instant, Token)>,
     /// Operations submitted to the ring's queue, how many of them the kernel has for sure, and how many fit.
     submitted: u64,
     handed_over: u64,
     queue_size: u64,
     enters: u64,
 }
+
+/// How long a poll for room towards a peer that has sent its FIN takes. io_uring ends any poll at once with a FIN that has come,
+/// whatever it waits for, and polls that go on all the same (multishot) are not tokio-uring's.
+const ROOM_REST: Duration = Duration::from_millis(10);
 
 /// A place for an operation, and its waker, which outlives it.
 struct Slot {
@@ -376,6 +382,14 @@ impl State {
         }
     }
 
+    /// Ends polls for room that have rested: whether there is some, the next send finds out.
+    fn wake_rested(&mut self) {
+        let now = Instant::now();
+        while let Some((_, token)) = self.resting.pop_front_if(|(until, _)| *until <= now) {
+            self.complete(token, 0);
+        }
+    }
+
     fn end(&mut self, slot: u32, result: i32) {
         if let Some(token) = self.forget(slot) {
             self.complete(token, result);
@@ -425,6 +439,7 @@ impl Io for TokioUring {
             files: HashMap::default(),
             pool,
             done: Vec::new(),
+            resting: VecDeque::new(),
             submitted: 0,
             handed_over: 0,
             queue_size: u64::from(setup.submissions),
@@ -514,8 +529,18 @@ impl Io for TokioUring {
         Ok(())
     }
 
+    fn poll_room(&mut self, _: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.state.resting.push_back((Instant::now() + ROOM_REST, token));
+        Ok(())
+    }
+
     fn cancel(&mut self, target: Token) -> Result<(), EnterError> {
         let state = &mut self.state;
+        if let Some(place) = state.resting.iter().position(|(_, token)| *token == target) {
+            state.resting.remove(place);
+            state.complete(target, -Errno::CANCELED.raw_os_error());
+            return Ok(());
+        }
         let Some(slot) = state.places.get(&target).copied() else { return Ok(()) };
         let Some(operation) = &mut state.slots[slot as usize].operation else { return Ok(()) };
         operation.cancelled = true;
@@ -553,7 +578,14 @@ impl Io for TokioUring {
             Wait::For(limit) => Some(limit.min(SLEEP_MAX)),
             Wait::Forever => None,
         };
+        let rested =
+            self.state.resting.front().map(|(until, _)| until.saturating_duration_since(Instant::now()));
+        let limit = match (limit, rested) {
+            (Some(limit), Some(rested)) => Some(limit.min(rested.max(HAND_OVER))),
+            (limit, rested) => limit.or(rested),
+        };
         self.runtime.block_on(self.state.turn(limit));
+        self.state.wake_rested();
         Ok(())
     }
 

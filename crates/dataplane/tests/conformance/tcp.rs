@@ -24,6 +24,16 @@ fn engine() -> Engine {
 }
 
 /// A dataplane with one listener, and the table it reads.
+/// Bytes of a small socket buffer.
+const SMALL: usize = 128 * 1024;
+
+fn small(stream: TcpStream) -> TcpStream {
+    let socket = SockRef::from(&stream);
+    socket.set_send_buffer_size(SMALL).unwrap();
+    socket.set_recv_buffer_size(SMALL).unwrap();
+    stream
+}
+
 struct Proxy {
     dataplane: Dataplane,
     view: Arc<dyn DataplaneView>,
@@ -66,6 +76,18 @@ impl Proxy {
         let dataplane = bound.start().unwrap();
         assert_eq!(dataplane.view().engine().engine, engine().name());
         Self { view: dataplane.view(), dataplane, address, publisher, live }
+    }
+
+    /// With buffers that stay small: the kernel has a bound for all of TCP's memory (`net.ipv4.tcp_mem`), and where many flows
+    /// are blocked at once it would be reached, and connections stall for seconds.
+    fn with_small_buffers(backend: SocketAddr, tune: impl FnOnce(&mut Config)) -> Self {
+        Self::tuned(&[backend], |config| {
+            let listener = &mut config.listeners[0];
+            for options in [&mut listener.tcp.options, &mut listener.targets[0].connecting.options] {
+                (options.receive_buffer, options.send_buffer) = (Some(SMALL as u32), Some(SMALL as u32));
+            }
+            tune(config);
+        })
     }
 
     fn client(&self) -> TcpStream {
@@ -495,8 +517,8 @@ fn slow_readers_hold_back_their_writers_and_nobody_else() {
     const FLOWS: usize = 60;
     let (accepted, connections) = std::sync::mpsc::channel();
     let backend = server(move |stream| drop(accepted.send(stream)));
-    let proxy = Proxy::tuned(&[backend], |config| config.limits.flows_max = 64);
-    let flow = || (proxy.client(), connections.recv_timeout(PATIENCE).unwrap());
+    let proxy = Proxy::with_small_buffers(backend, |config| config.limits.flows_max = 64);
+    let flow = || (small(proxy.client()), small(connections.recv_timeout(PATIENCE).unwrap()));
     drop(flow());
     eventually("the first flow ends", || proxy.closed("ended") == 1);
     let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
@@ -544,8 +566,8 @@ fn who_has_sent_fin_and_does_not_read_costs_nothing() {
     const FLOWS: usize = 40;
     let (accepted, connections) = std::sync::mpsc::channel();
     let backend = server(move |stream| drop(accepted.send(stream)));
-    let proxy = Proxy::to(&[backend]);
-    let flow = || (proxy.client(), connections.recv_timeout(PATIENCE).unwrap());
+    let proxy = Proxy::with_small_buffers(backend, |_| ());
+    let flow = || (small(proxy.client()), small(connections.recv_timeout(PATIENCE).unwrap()));
     let flows: Vec<_> = (0..FLOWS).map(|_| flow()).collect();
     for (client, backend) in &flows {
         client.shutdown(Shutdown::Write).unwrap();
