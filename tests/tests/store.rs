@@ -213,13 +213,13 @@ fn resources_whose_agents_never_come_back_are_served_if_they_answer() {
     let asked = ask(lab.balancer.listener()).expect("a connection right after the start");
     assert_eq!(asked, "one");
     let state = |state: &str| state.to_owned();
-    let expected = [("gone", state("remembered")), ("one", state("remembered")), ("two", state("draining"))];
+    let expected = [("gone", state("down")), ("one", state("remembered")), ("two", state("draining"))];
     assert_eq!(lab.states(), expected.map(|(id, state)| (id.to_owned(), state)).into());
     let gone = lab.candidate("gone");
     let why = gone["left_out"].as_str().expect("a reason");
-    assert!(why.contains("remembered from before the restart and does not answer"), "{why}");
-    assert_eq!(lab.balancer.metrics().sum("trimtab_resources", &[("state", "remembered")]), 2.0);
-    assert_eq!(lab.balancer.ask(&["pools"])["pools"][0]["resources_remembered"], 2);
+    assert!(why.contains("its checks fail"), "{why}");
+    assert_eq!(lab.balancer.metrics().sum("trimtab_resources", &[("state", "remembered")]), 1.0);
+    assert_eq!(lab.balancer.ask(&["pools"])["pools"][0]["resources_remembered"], 1);
     assert_eq!(lab.balancer.ask(&["capabilities"])["capabilities"][0]["id"], "not-here-yet");
 
     // An operator's change holds for one that is only remembered, too; and one whose service comes back is found.
