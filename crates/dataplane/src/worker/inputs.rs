@@ -32,7 +32,10 @@ impl<I: Io> Worker<I> {
             0 => RecvEnd::Eof,
             e if e == Errno::NOBUFS.raw_os_error() => {
                 self.stats.buffer_waits.add(1);
-                self.more_shared();
+                if self.shortages.found_none(self.ring.buffers_free(Group::Shared)) {
+                    let double = self.ring.buffers(Group::Shared);
+                    self.ring.grow(Group::Shared, double);
+                }
                 RecvEnd::NoBuffers
             }
             e if e == Errno::CANCELED.raw_os_error() => RecvEnd::Cancelled,
@@ -40,15 +43,6 @@ impl<I: Io> Worker<I> {
             _ => RecvEnd::Reset,
         };
         Some(Input::RecvEnded { from, why })
-    }
-
-    /// The kernel found no shared buffer: from now on there are twice as many, once in a batch. Whether some are back by now
-    /// says nothing: a batch that took them all will do so again, and each receive that finds none has to be made anew.
-    fn more_shared(&mut self) {
-        if !std::mem::replace(&mut self.shared_grown, true) {
-            let double = self.ring.buffers(Group::Shared);
-            self.ring.grow(Group::Shared, double);
-        }
     }
 
     pub(super) fn first_answer(&mut self, index: u32) {

@@ -35,6 +35,7 @@ use crate::towards::Towards;
 use admit::Gate;
 use preface::Prefaces;
 use queue::Room;
+use shortages::Shortages;
 use slot::{FlowSlot, Listener, Syn};
 use udp::{Udp, UdpShared};
 
@@ -50,6 +51,7 @@ mod noted;
 mod perform;
 mod preface;
 pub(crate) mod queue;
+mod shortages;
 mod slot;
 mod splice;
 pub(crate) mod udp;
@@ -125,8 +127,7 @@ pub(crate) struct Worker<I> {
     tuning: Tuning,
     pipes: Pipes,
     flows_max: u32,
-    /// That shared buffers grew in this batch.
-    shared_grown: bool,
+    shortages: Shortages,
     /// Receives that found no buffer, oldest first. At most two for each flow.
     buffer_waits: VecDeque<(u32, u32, Side)>,
     /// When to accept again after running out of something.
@@ -180,7 +181,7 @@ impl<I: Io> Worker<I> {
             tuning: Tuning { full_read_bytes: BUFFER_BYTES, splice_after: SPLICE_AFTER, ..setup.tuning },
             pipes: Pipes::default(),
             flows_max: setup.flows_max,
-            shared_grown: false,
+            shortages: Shortages::default(),
             buffer_waits: VecDeque::new(),
             accept_again: None,
             accept_warned: false,
@@ -249,7 +250,7 @@ impl<I: Io> Worker<I> {
     }
 
     fn begin_batch(&mut self) {
-        self.shared_grown = false;
+        self.shortages.next_batch();
         for listener in &mut self.listeners {
             listener.begin_batch();
         }
