@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use super::client::SMALL_BYTES;
 use super::order::{Fault, Manner, Order, broken, receive, receive_end, receive_until_reset, reset, send};
+use super::udp_flows;
 
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 8_192;
@@ -38,7 +39,7 @@ impl Mood {
     pub(super) const BAD: [Self; 4] = [Self::Refuse, Self::Crash, Self::Reset, Self::Vanish];
 }
 
-/// One backend, on the runtime it was started on.
+/// One backend, on the runtime it was started on. It echoes UDP at the same address, whatever its mood.
 pub(super) struct Backend {
     address: SocketAddr,
     mood: watch::Sender<Mood>,
@@ -156,6 +157,7 @@ impl Backend {
         let (mood, moods) = watch::channel(Mood::Serve);
         // Before anybody can know of it.
         let listener = place.listen(BACKLOG);
+        udp_flows::echo(place.address);
         tokio::spawn(live(place, listener, moods, ledger));
         Self { address: place.address, mood }
     }

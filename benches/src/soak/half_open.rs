@@ -153,8 +153,8 @@ async fn endless(target: SocketAddr, length: Duration) -> (Vec<Ends>, Vec<String
 
 /// One flow; gives how long it was let live.
 async fn one(kind: Kind, target: SocketAddr, id: u64) -> Result<Duration, Fault> {
-    let mut stream = client::connect(target).await?;
     let began = Instant::now();
+    let mut stream = client::connect(target).await?;
     let order = |manner, up| Order { id, manner, up, down: 0, rounds: 1, pace: Pace::FREE };
     match kind {
         Kind::Silent => {}

@@ -1,5 +1,6 @@
 //! `soak mixed`: everything at once, at a moderate rate, for as long as is asked; then nothing, and nothing may be left.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use super::order::{Manner, Order, Pace};
 use super::subject::{self, Sample, Subject};
 use super::trend::Trend;
 use super::verdict::Report;
-use super::{SoakArguments, runtime};
+use super::{SoakArguments, runtime, udp_flows};
 use crate::race::Random;
 
 /// So that one in a bad mood, and the two that are tried after a connect failed, leave somebody.
@@ -50,7 +51,8 @@ pub(super) fn run(arguments: &SoakArguments, say: &mut dyn FnMut(&str)) -> anyho
     let start_backend = |_| Backend::start(e2e::loopback(), Arc::clone(&ledger));
     let backends: Vec<Backend> = (0..BACKENDS).map(start_backend).collect();
     let addresses: Vec<_> = backends.iter().map(Backend::address).collect();
-    let config = subject::config(&arguments.engine, arguments.workers, DATAPLANE);
+    let mut config = subject::config(&arguments.engine, arguments.workers, DATAPLANE);
+    let target_udp = udp_flows::listen(&mut config, "");
     let mut subject = Subject::start(config, &addresses);
     let at_rest = subject.rest();
     say(&format!("trimtab runs as process {} at {}", subject.pid(), subject.listener()));
@@ -59,7 +61,7 @@ pub(super) fn run(arguments: &SoakArguments, say: &mut dyn FnMut(&str)) -> anyho
     let watch = subject.watch(interval);
     let began = Instant::now();
     let own_cpu = subject::cpu_time(std::process::id());
-    let traffic = Traffic::new(&subject, &ledger, arguments);
+    let traffic = Traffic::new(subject.listener(), target_udp, &ledger, arguments);
     let unfinished = runtime.block_on(traffic.run(&backends, length));
     let mut samples = watch.end();
     samples.retain(|sample| sample.at_seconds <= length.as_secs_f64());
@@ -143,7 +145,8 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 /// What clients do.
 struct Traffic {
-    target: std::net::SocketAddr,
+    target: SocketAddr,
+    target_udp: SocketAddr,
     ledger: Arc<Ledger>,
     rate: f64,
     seed: u64,
@@ -153,9 +156,15 @@ struct Traffic {
 }
 
 impl Traffic {
-    fn new(subject: &Subject, ledger: &Arc<Ledger>, arguments: &SoakArguments) -> Self {
+    fn new(
+        target: SocketAddr,
+        target_udp: SocketAddr,
+        ledger: &Arc<Ledger>,
+        arguments: &SoakArguments,
+    ) -> Self {
         Self {
-            target: subject.listener(),
+            target,
+            target_udp,
             ledger: Arc::clone(ledger),
             rate: arguments.rate,
             seed: arguments.seed,
@@ -209,9 +218,11 @@ impl Traffic {
         let (target, ledger, in_flight) =
             (self.target, Arc::clone(&self.ledger), Arc::clone(&self.in_flight));
         in_flight.fetch_add(1, Relaxed);
+        let target_udp = self.target_udp;
         async move {
             let began = Instant::now();
             let outcome = match what {
+                UDP => udp_flows::exchange(target_udp, &order).await,
                 SILENT => client::connect(target).await.map(|_| 0),
                 _ => client::run(target, &order, &behaviour).await,
             };
@@ -261,6 +272,8 @@ impl Traffic {
 
 /// A connection without a byte.
 const SILENT: &str = "connect and close";
+/// Datagrams, one after the other, each answered by itself.
+const UDP: &str = "exchange over UDP";
 
 /// What the next client does: mostly small exchanges, now and then each of the hard things.
 fn draw(random: &mut Random, id: u64) -> (&'static str, Order, Behaviour) {
@@ -274,7 +287,11 @@ fn draw(random: &mut Random, id: u64) -> (&'static str, Order, Behaviour) {
     let (short, long, bulk) =
         ((bytes(1.0, 4e3), bytes(1.0, 16e3)), (bytes(2e4, 1e6), bytes(2e4, 1e6)), bytes(1e6, 3e7));
     let what = match random.below(1_000) {
-        0..400 => {
+        0..50 => {
+            (order.up, order.down, order.rounds) = (short.0.min(1_400), 0, 1 + random.below(20) as u32);
+            UDP
+        }
+        50..400 => {
             (order.up, order.down, order.rounds) = (short.0, short.1, 1 + random.below(20) as u32);
             "exchange, small"
         }
@@ -336,7 +353,7 @@ mod tests {
             let (sent, received) = behaviour.reset_after;
             assert!(sent <= order.up && received <= order.down && order.rounds > 0, "{order:?}");
         }
-        assert_eq!(seen.len(), 11, "{seen:?}");
+        assert_eq!(seen.len(), 12, "{seen:?}");
     }
 
     /// Whoever is asked directly does as is ordered, in each manner: what the soak finds is then the proxy's.
@@ -358,10 +375,13 @@ mod tests {
                     assert!(Instant::now() < deadline, "the backend never listened");
                     sleep(Duration::from_millis(5)).await;
                 }
-                let outcome = client::run(backend.address(), &order, &behaviour).await;
+                let outcome = match what {
+                    UDP => udp_flows::exchange(backend.address(), &order).await,
+                    _ => client::run(backend.address(), &order, &behaviour).await,
+                };
                 assert!(outcome.is_ok(), "{what}: {outcome:?}");
                 ledger.ended(what, &order, Instant::now(), outcome);
-                if done.len() == 10 {
+                if done.len() == 11 {
                     break;
                 }
             }

@@ -24,6 +24,7 @@ mod slow_readers;
 mod subject;
 mod syn;
 mod trend;
+mod udp_flows;
 mod verdict;
 
 use std::path::PathBuf;
@@ -73,6 +74,8 @@ enum Scenario {
     Mixed,
     /// Thousands of flows whose readers take a few bytes a second while their writers push
     SlowReaders,
+    /// A hundred thousand UDP clients, in and out of a smaller table
+    UdpFlows,
     /// Connections and SYNs as fast as they go, beside pgbench
     Flood,
     /// No descriptors left, no local ports left; then there are again
@@ -108,6 +111,7 @@ pub fn run(arguments: &SoakArguments, say: &mut dyn FnMut(&str)) -> anyhow::Resu
     let report = match arguments.scenario {
         Scenario::Mixed => mixed::run(arguments, say),
         Scenario::SlowReaders => slow_readers::run(arguments, say),
+        Scenario::UdpFlows => udp_flows::run(arguments, say),
         Scenario::Flood => flood::run(arguments, say),
         Scenario::Exhaustion => exhaustion::run(arguments, say),
         Scenario::HalfOpen => half_open::run(arguments, say),

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout, timeout_at};
+use tokio::time::{sleep, timeout};
 
-use super::backend::{Backend, Ledger, fin};
+use super::backend::{Backend, Ledger, Mood, fin};
 use super::client::{self, Behaviour};
-use super::order::{Fault, Manner, Order, Pace, receive, receive_end, reset, send};
+use super::order::{Fault, Manner, Order, Pace, receive, receive_end, reset_when_closed, send};
 use super::subject::{self, Subject};
 use super::verdict::Report;
 use super::{SoakArguments, ping, runtime};
@@ -39,6 +40,9 @@ const FLOW_BYTES: f64 = 2.0 * KIBI;
 const PING_TIMES: f64 = 10.0;
 const PING_MILLIS: f64 = 50.0;
 const END_PATIENCE: Duration = Duration::from_secs(60);
+/// Until all buffers on the way are full: then this much a second is what 5,000 readers take, with the windows they open.
+const HELD_BACK_PATIENCE: Duration = Duration::from_secs(60);
+const STILL_BYTES: f64 = 4.0 * MEBI;
 
 /// Runs it.
 pub(super) fn run(arguments: &SoakArguments, say: &mut dyn FnMut(&str)) -> anyhow::Result<Report> {
@@ -59,18 +63,26 @@ pub(super) fn run(arguments: &SoakArguments, say: &mut dyn FnMut(&str)) -> anyho
     let began = Instant::now();
     let watch = subject.watch((length / 30).max(Duration::from_secs(1)));
     let mut slow = JoinSet::new();
-    let opened = runtime.block_on(open(&mut slow, target, flows, length));
+    let (over, is_over) = watch::channel(false);
+    let opened = runtime.block_on(open(&mut slow, target, flows, &is_over));
     say(&format!("{opened} flows are open after {:.1} s", began.elapsed().as_secs_f64()));
+    let held_back = until_held_back(&subject);
+    say(&format!("their writers are held back after {:.1} s", began.elapsed().as_secs_f64()));
     let beside = runtime.block_on(ping::ping(target, length));
     let (during, kernel) = (subject.sample(), kernel_bytes());
+    over.send_replace(true);
     let faults = runtime.block_on(finish(&mut slow));
     let samples = watch.end();
+    // A writer that resets while it is held back is noticed when its reader takes bytes, or goes.
+    report.figure("flows open when their clients have gone", subject.sample().flows_open as f64);
+    backend.set(Mood::Crash);
     report.took(began.elapsed().as_secs_f64());
 
     let most = samples.iter().map(|sample| sample.pss_bytes).max().unwrap_or(0) as f64;
     let limit = before.pss_bytes as f64
         + f64::from(arguments.workers) * SHARED_BYTES
         + flows as f64 * (BUFFER_BYTES + FLOW_BYTES);
+    report.equal("writers are held back", held_back, true);
     report.at_least("flows open at once", during.flows_open as f64, flows as f64, "");
     report.at_most("memory, most (PSS)", most / MEBI, limit / MEBI, "MiB");
     report.figure("memory before, MiB", before.pss_bytes as f64 / MEBI);
@@ -104,9 +116,8 @@ async fn open(
     slow: &mut JoinSet<Result<(), String>>,
     target: std::net::SocketAddr,
     flows: u64,
-    length: Duration,
+    is_over: &watch::Receiver<bool>,
 ) -> usize {
-    let end = tokio::time::Instant::now() + length;
     let mut opened = 0;
     for first in (0..flows).step_by(AT_ONCE as usize) {
         let mut connecting = JoinSet::new();
@@ -117,8 +128,9 @@ async fn open(
             match connected.expect("a client does not panic") {
                 (id, Ok((stream, order))) => {
                     opened += 1;
+                    let is_over = is_over.clone();
                     slow.spawn(async move {
-                        crawl(stream, &order, end).await.map_err(|fault| format!("flow {id}: {fault}"))
+                        crawl(stream, &order, is_over).await.map_err(|fault| format!("flow {id}: {fault}"))
                     });
                 }
                 (id, Err(fault)) => {
@@ -154,23 +166,39 @@ async fn begin(target: std::net::SocketAddr, id: u64) -> Result<(TcpStream, Orde
     timeout(Behaviour::PLAIN.patience, beginning).await.unwrap_or(Err(Fault::TooLong))
 }
 
-/// Reads slowly, or writes without being read, until `end`; then a few read all that is left, and the others go as clients
+/// Whether nothing but what readers take moves any more.
+fn until_held_back(subject: &Subject) -> bool {
+    let deadline = Instant::now() + HELD_BACK_PATIENCE;
+    let mut before = f64::NEG_INFINITY;
+    loop {
+        let moved = subject.metrics().sum("trimtab_bytes_total", &[]);
+        if moved - before < STILL_BYTES {
+            return true;
+        }
+        if Instant::now() > deadline {
+            return false;
+        }
+        before = moved;
+        std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+/// Reads slowly, or writes without being read, until it is over; then a few read all that is left, and the others go as clients
 /// do that have had enough.
-async fn crawl(stream: TcpStream, order: &Order, end: tokio::time::Instant) -> Result<(), Fault> {
+async fn crawl(stream: TcpStream, order: &Order, mut is_over: watch::Receiver<bool>) -> Result<(), Fault> {
     if order.down == 0 {
-        let pushing = send(&stream, order.up_seed(), 0..order.up);
-        return match timeout_at(end, pushing).await {
+        return tokio::select! {
             // Nobody reads that much in the time.
-            Ok(outcome) => outcome,
-            Err(_) => {
-                reset(stream);
+            outcome = send(&stream, order.up_seed(), 0..order.up) => outcome,
+            _ = is_over.wait_for(|over| *over) => {
+                reset_when_closed(&stream);
                 Ok(())
             }
         };
     }
     fin(&stream, 0)?;
     let mut at = 0;
-    while tokio::time::Instant::now() < end {
+    while !*is_over.borrow() {
         let bytes = u64::from(SLOW.at_once);
         receive(&stream, order.down_seed(), at..at + bytes, Pace::FREE).await?;
         at += bytes;

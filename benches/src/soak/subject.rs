@@ -90,7 +90,17 @@ impl Subject {
 
     /// Waits until it holds what it held at the start and moves nothing, or for as long as is reasonable; judges that.
     pub(super) fn judge_rest(&mut self, report: &mut Report, at_start: Rest) -> Sample {
-        let deadline = Instant::now() + e2e::PATIENCE;
+        self.judge_rest_within(e2e::PATIENCE, report, at_start)
+    }
+
+    /// As [`Self::judge_rest`], where others need so long to let go.
+    pub(super) fn judge_rest_within(
+        &mut self,
+        patience: Duration,
+        report: &mut Report,
+        at_start: Rest,
+    ) -> Sample {
+        let deadline = Instant::now() + patience;
         let (rest, sample) = loop {
             let (rest, sample) = (self.rest(), self.sample());
             let quiet = sample.flows_open == 0 && sample.buffers_in_use == 0;

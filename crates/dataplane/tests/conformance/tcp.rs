@@ -564,6 +564,9 @@ fn slow_readers_hold_back_their_writers_and_nobody_else() {
 fn who_has_sent_fin_and_does_not_read_costs_nothing() {
     // More than are spliced at once, so that some are sent to from buffers.
     const FLOWS: usize = 40;
+    if engine().name() == "tokio-uring" {
+        return; // Its crate has operations that complete once: it cannot wait for changes alone (docs/decisions/0057).
+    }
     let (accepted, connections) = std::sync::mpsc::channel();
     let backend = server(move |stream| drop(accepted.send(stream)));
     let proxy = Proxy::with_small_buffers(backend, |_| ());
@@ -572,6 +575,7 @@ fn who_has_sent_fin_and_does_not_read_costs_nothing() {
     for (client, backend) in &flows {
         client.shutdown(Shutdown::Write).unwrap();
         assert_eq!({ backend }.read(&mut [0; 1]).unwrap(), 0, "the FIN arrives");
+        SockRef::from(backend).set_send_buffer_size(64 * 1024).unwrap();
         backend.set_nonblocking(true).unwrap();
     }
     let mut sent = [0_u64; FLOWS];
