@@ -18,6 +18,9 @@ use super::{SoakArguments, ping, runtime};
 const FLOWS: u32 = 5_000;
 /// A few bytes a second.
 const SLOW: Pace = Pace { at_once: 4, pause_ms: 1_000 };
+/// As whoever has so many of them should have it: what the kernel tunes grows to megabytes for each, and all sockets of a
+/// machine share what `net.ipv4.tcp_mem` allows.
+const BUFFERS: &str = "send_buffer = 65536\nreceive_buffer = 65536\n";
 /// More than all buffers on the way hold, so that every writer is held back.
 const BYTES: u64 = 64 << 20;
 /// Flows that read what is on its way in the end: all of it must be right. Of so many flows, one.
@@ -53,7 +56,9 @@ pub(super) fn run(arguments: &SoakArguments, say: &mut dyn FnMut(&str)) -> anyho
     let ledger = Arc::new(Ledger::default());
     let _inside = runtime.enter();
     let backend = Backend::start_small(e2e::loopback(), Arc::clone(&ledger));
-    let config = subject::config(&arguments.engine, arguments.workers, "");
+    let mut config = subject::config(&arguments.engine, arguments.workers, "");
+    config.pool += &format!("[pool.tcp]\n{BUFFERS}");
+    config.further += &format!("[listener.tcp]\n{BUFFERS}");
     let mut subject = Subject::start(config, &[backend.address()]);
     let target = subject.listener();
 

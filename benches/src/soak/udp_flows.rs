@@ -58,6 +58,8 @@ pub(super) fn listen(config: &mut BalancerConfig, lines: &str) -> SocketAddr {
 pub(super) fn echo(address: SocketAddr) {
     let bind = || {
         let socket = UdpSocket::bind(address)?;
+        // As much as the system lets it have.
+        socket2::SockRef::from(&socket).set_recv_buffer_size(4 << 20)?;
         socket.set_nonblocking(true)?;
         tokio::net::UdpSocket::from_std(socket)
     };
@@ -146,6 +148,7 @@ pub(super) fn run(arguments: &SoakArguments, say: &mut dyn FnMut(&str)) -> anyho
     let at_rest = subject.rest();
     let before = subject.sample();
 
+    let dropped_before = kernel_drops();
     let began = Instant::now();
     let watch = subject.watch(Duration::from_secs(1));
     let established = Established::start(target)?;
@@ -163,9 +166,15 @@ pub(super) fn run(arguments: &SoakArguments, say: &mut dyn FnMut(&str)) -> anyho
     report.check("flows open, most", most, format!("≤ {FLOWS_MAX}"), most <= FLOWS_MAX);
     report.check("the table was full", most, format!("≥ {}", FLOWS_MAX * 9 / 10), most >= FLOWS_MAX * 9 / 10);
     report.check("flows refused, and counted", sheds, "> 0", sheds > 0.0);
-    let unexplained = (poured.unanswered as f64 - sheds).max(0.0);
+    let overflowed = kernel_drops() - dropped_before;
+    report.figure("datagrams for which a socket had no room, all of this machine's", overflowed);
+    report.figure(
+        "datagrams that trimtab dropped, by its own count",
+        subject.metrics().sum("trimtab_udp_dropped_total", &[]),
+    );
+    let unexplained = (poured.unanswered as f64 - sheds - overflowed).max(0.0);
     report.at_most(
-        "clients neither answered nor refused",
+        "clients neither answered, nor refused, nor dropped by the kernel",
         1_000.0 * unexplained / f64::from(CLIENTS),
         LOST_PER_MILLE,
         "‰",
@@ -263,6 +272,15 @@ fn talk(sockets: &[UdpSocket], stopped: &AtomicBool) -> (u64, u64) {
         std::thread::sleep(next.saturating_duration_since(Instant::now()));
     }
     (asked, lost)
+}
+
+/// Datagrams that the kernel dropped because a receive buffer was full (`RcvbufErrors` of /proc/net/snmp).
+fn kernel_drops() -> f64 {
+    let text = std::fs::read_to_string("/proc/net/snmp").unwrap_or_default();
+    let mut rows = text.lines().filter(|line| line.starts_with("Udp:"));
+    let (Some(names), Some(values)) = (rows.next(), rows.next()) else { return 0.0 };
+    let place = names.split(' ').position(|name| name == "RcvbufErrors");
+    place.and_then(|place| values.split(' ').nth(place)?.parse().ok()).unwrap_or(0.0)
 }
 
 fn datagram(n: u64) -> [u8; BYTES] {
