@@ -273,7 +273,7 @@ impl Epoll {
                 source.blocked = true;
                 return;
             }
-            Err(_) if *sent > 0 => *sent as i32, // The next send fails with the same.
+            // Also after a part of it: the socket says so once, and a receive after that would take a reset for the end.
             Err(error) => -error.raw_os_error(),
         };
         let token = *token;
