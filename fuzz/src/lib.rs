@@ -4,9 +4,17 @@
 //! `corpus/TARGET`; what breaks something goes to `artifacts/TARGET`, and becomes a test of the crate at fault.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use allocation::Timestamp;
 use flow::preface::hello::{self, Hello};
 use flow::preface::proxy::{self, Accepts, Outgoing, Transport};
 use flow::preface::{Facts, GRANTED, Look, PREFACE_MAX, Preface, Progress, Route, Routes, Wants};
+use flow::udp::{
+    CID_MAX, Cid, Cids, Expiry, Flows, Header, Refusal, ServerIdForm, ServerIds, Tuning, Tuple, source_cid,
+};
 
 #[path = "../../crates/flow/tests/world/mod.rs"]
 mod world;
@@ -157,4 +165,121 @@ pub fn preface(bytes: &[u8]) {
         }
     }
     panic!("it looks for ever");
+}
+
+/// QUIC packets of a client and of a server, and the IDs that are learned from them.
+pub fn quic(bytes: &[u8]) {
+    let Some((&first, packet)) = bytes.split_first() else { return };
+    let header = Header::parse(packet);
+    if let Some(Header::Long { destination, source, .. }) = &header {
+        assert!(destination.len() + source.len() + 7 <= packet.len(), "IDs are in the packet");
+    }
+    let own = source_cid(packet);
+    if let Some(cid) = own {
+        assert!((1..=CID_MAX).contains(&cid.as_bytes().len()));
+        assert!(
+            matches!(header, Some(Header::Long { version: 1.., source, .. }) if source == cid.as_bytes())
+        );
+    }
+    let backends =
+        [(1, "0a0b0c", "10.0.0.1:443"), (2, "0d0e0f", "10.0.0.2:443"), (3, "000102", "[2001:db8::1]:443")];
+    for form in [ServerIdForm::Ipv4, ServerIdForm::Ipv4Port, ServerIdForm::Id(1 + first % 15)] {
+        let backends = backends.iter().map(|(name, id, at)| (*name, *id, at.parse().expect("an address")));
+        let found: Option<i32> = ServerIds::new(form, backends).find(packet);
+        assert!(found.is_none_or(|name| (1..=3).contains(&name)) && (found.is_none() || header.is_some()));
+    }
+    // A bounded memory: what is learned last is found, and forgotten is forgotten.
+    let mut cids = Cids::new(u64::from(first), 4);
+    for (id, piece) in (0..).zip(packet.chunks(1 + usize::from(first) % CID_MAX).take(32)) {
+        let Some(cid) = Cid::new(piece) else { continue };
+        if cids.learn(cid, id, id) {
+            let short = [&[0x40], piece].concat();
+            assert!(cids.find(&short).is_some(), "{piece:?} was learned just now");
+        }
+        assert!(cids.len() <= 4);
+    }
+    let _ = cids.find(packet);
+    if let Some(cid) = own {
+        cids.learn(cid, 99, 99);
+        cids.forget(&cid, 99);
+    }
+}
+
+/// The table of UDP flows under any order of what can happen to it.
+pub fn datagrams(bytes: &[u8]) {
+    const FLOWS_MAX: usize = 5;
+    let [idle, counts, bytes @ ..] = bytes else { return };
+    let tuning = Tuning {
+        idle_timeout: Duration::from_millis(1 + 40 * u64::from(*idle)),
+        responses: u32::from(counts & 3),
+        requests: u32::from(counts >> 2 & 3),
+        retries: counts >> 4 & 1,
+    };
+    let mut flows = Flows::new(Timestamp::ZERO, 7, FLOWS_MAX);
+    let (mut now, mut open, mut ended) = (0, BTreeSet::new(), BTreeSet::new());
+    let mut expired = Vec::new();
+    for step in bytes.chunks_exact(2) {
+        let (what, which) = (step[0] % 8, step[1]);
+        let at = Timestamp::from_millis(now);
+        let client = SocketAddr::from(([10, 0, 0, which % 16], 1_000));
+        let tuple = Tuple::new(0, client, None);
+        let any = open.iter().copied().nth(usize::from(which) % open.len().max(1));
+        match (what, any) {
+            (0 | 1, _) => match flows.find(&tuple) {
+                Some(index) => {
+                    assert!(open.contains(&index), "a tuple names a flow that is open");
+                    flows.asked(index, 1 + u32::from(which >> 6), at, &tuning);
+                }
+                None => match flows.open(tuple, which, at, &tuning) {
+                    Ok(index) => {
+                        assert!(open.len() < FLOWS_MAX && open.insert(index) && !ended.contains(&index));
+                        flows.asked(index, 1, at, &tuning);
+                    }
+                    Err(_) => assert_eq!(open.len(), FLOWS_MAX),
+                },
+            },
+            (2, Some(index)) => {
+                if flows.answered(index, 1, at, &tuning).over {
+                    assert!(tuning.responses > 0 && flows.end(index));
+                    open.remove(&index);
+                    ended.insert(index);
+                }
+            }
+            (3, Some(index)) => match flows.refused(index, &tuning) {
+                Refusal::Elsewhere => flows.placed(index, at, &tuning),
+                Refusal::Over => {
+                    assert!(flows.end(index) && !flows.end(index), "it ends once");
+                    open.remove(&index);
+                    ended.insert(index);
+                }
+            },
+            (4, Some(index)) => flows.unname(index),
+            (5, _) => {
+                if let Some(index) = ended.pop_first() {
+                    let generation = flows.generation(index);
+                    assert!(flows.remove(index).is_some() && flows.generation(index) != generation);
+                }
+            }
+            _ => {
+                now += 7 * u64::from(which);
+                let at = Timestamp::from_millis(now);
+                flows.expire(at, |_| &tuning, &mut expired);
+                for (index, why) in expired.drain(..) {
+                    assert!(open.contains(&index), "what expires is open");
+                    if why == Expiry::Idle {
+                        assert!(flows.end(index));
+                        open.remove(&index);
+                        ended.insert(index);
+                    }
+                }
+            }
+        }
+        assert_eq!((flows.open_count(), flows.len()), (open.len(), open.len() + ended.len()));
+    }
+    // Time alone ends all of them.
+    now += 60_000 + tuning.idle_timeout.as_millis() as u64;
+    flows.expire(Timestamp::from_millis(now), |_| &tuning, &mut expired);
+    let idle: BTreeSet<u32> =
+        expired.iter().filter(|(_, why)| *why == Expiry::Idle).map(|(index, _)| *index).collect();
+    assert_eq!(idle, open, "each of them is idle by now");
 }

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::metadata::root;
 
 /// In `fuzz/Cargo.toml` as well.
-const TARGETS: [&str; 4] = ["flow", "proxy", "hello", "preface"];
+const TARGETS: [&str; 6] = ["flow", "proxy", "hello", "preface", "quic", "datagrams"];
 /// Of a run by hand, for each target.
 const SECONDS: u64 = 60;
 /// Of a step of `cargo xtask test`.

@@ -9,6 +9,7 @@ impl Protocol {
     const fn name(self) -> &'static str {
         match self {
             Self::Tcp => "tcp",
+            Self::Udp => "udp",
         }
     }
 }

@@ -67,6 +67,7 @@ pub enum AccessLogFormat {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Protocol {
     Tcp,
+    Udp,
 }
 
 /// All that is said of a flow.

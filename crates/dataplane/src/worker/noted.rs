@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use allocation::{AllocationTable, Kept, Selection};
+use allocation::{AllocationTable, BackendIndex, Kept, Selection};
 use flow::CloseReason;
 
 use super::Worker;
@@ -40,8 +40,18 @@ impl Noted {
         kept: Option<Kept>,
         now: allocation::Timestamp,
     ) {
-        let table = table.side(usize::from(selection.side));
-        let backend = table.backend(selection.index);
+        self.given_to(table.side(usize::from(selection.side)), selection.index, kept, now);
+    }
+
+    /// The flow was given to this backend, which may not have been selected: a QUIC connection knows whom it is with.
+    pub(super) fn given_to(
+        &mut self,
+        table: &AllocationTable,
+        index: BackendIndex,
+        kept: Option<Kept>,
+        now: allocation::Timestamp,
+    ) {
+        let backend = table.backend(index);
         self.connects = self.connects.saturating_add(1);
         self.chosen = Some(Chosen {
             id: backend.id.clone(),
@@ -49,7 +59,7 @@ impl Noted {
             policy: table.policy(),
             kept,
             generation: table.generation(),
-            cost: table.cost(selection.index, backend.live.flows_open().saturating_sub(1), now),
+            cost: table.cost(index, backend.live.flows_open().saturating_sub(1), now),
         });
     }
 
@@ -89,6 +99,38 @@ impl<I: Io> Worker<I> {
             connect_micros,
             first_byte_micros,
             total_micros: self.now.micros.saturating_sub(slot.accepted_micros),
+            end: reason.label(),
+            shed: shed.map(Shed::label),
+        });
+    }
+
+    /// The same for a flow of datagrams.
+    pub(super) fn log_udp(
+        &self,
+        noted: Option<Box<Noted>>,
+        listener: u16,
+        opened_micros: u64,
+        reason: CloseReason,
+        shed: Option<Shed>,
+    ) {
+        let (Some(log), Some(noted)) = (&self.access_log, noted) else { return };
+        let Noted { client, chosen, connects, to_client, to_backend, connect_micros, first_byte_micros } =
+            *noted;
+        log.write(Record {
+            ended_micros: self.now.micros,
+            worker: self.worker as u16,
+            listener,
+            target: 0,
+            protocol: Protocol::Udp,
+            client,
+            chosen,
+            retries: connects.saturating_sub(1),
+            to_backend,
+            to_client,
+            queue_micros: 0,
+            connect_micros,
+            first_byte_micros,
+            total_micros: self.now.micros.saturating_sub(opened_micros),
             end: reason.label(),
             shed: shed.map(Shed::label),
         });

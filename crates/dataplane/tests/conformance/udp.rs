@@ -617,3 +617,44 @@ fn tcp_and_udp_share_a_port_and_a_taken_one_is_said() {
         running.join().unwrap();
     }
 }
+
+#[test]
+fn each_flow_has_a_line_in_the_access_log_and_counts_for_its_clients_limits() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("access.log");
+    let (table, _) = table(Policy::RoundRobin, &[refusing(), server_at(&any(), echo)]);
+    let udp = UdpConfig { responses: 1, ..UdpConfig::default() };
+    let mut listener =
+        ListenerConfig::udp(any().parse().unwrap(), "p".parse().unwrap(), Publisher::new(table), udp);
+    listener.limits.new_flows_per_client_per_second = 1;
+    let mut config = Config::new(vec![listener]);
+    config.workers = 1;
+    config.engine = Some(engine());
+    let to = dataplane::AccessLogTo::File(file.clone());
+    config.access_log =
+        Some(dataplane::AccessLogConfig { to, format: dataplane::AccessLogFormat::Json });
+    let bound = dataplane::bind(config).unwrap();
+    let address = bound.addresses()[0];
+    let dataplane = bound.start().unwrap();
+    let view = dataplane.view();
+    let client = client_of(address);
+    assert_eq!(ask(&client, b"hello"), b"hello", "the one that refuses is passed over");
+    let lines = || std::fs::read_to_string(&file).unwrap_or_default();
+    eventually("the line is written", || lines().contains('\n'));
+    let line = lines();
+    for part in [
+        "\"protocol\":\"udp\"".to_owned(),
+        format!("\"client\":\"{}\"", client.local_addr().unwrap()),
+        "\"resource\":\"b1\"".to_owned(),
+        "\"end\":\"ended\"".to_owned(),
+    ] {
+        assert!(line.contains(&part), "{part} in {line}");
+    }
+    // A second flow within the second is one too many, and has no line.
+    client.send(b"again").unwrap();
+    let shed = || view.listeners()[0].sheds.iter().find(|(label, _)| *label == "client_rate").unwrap().1;
+    eventually("it is turned away", || shed() == 1);
+    dataplane.stop();
+    dataplane.join().unwrap();
+    assert_eq!(lines().lines().count(), 1, "{}", lines());
+}

@@ -84,7 +84,11 @@ impl<I: Io> Worker<I> {
             if let Some(open) = &flow.open {
                 open.reached();
                 open.answered();
-                open.first_byte_took(now.micros.saturating_sub(flow.asked_micros), now.timestamp());
+                let took = now.micros.saturating_sub(flow.asked_micros);
+                open.first_byte_took(took, now.timestamp());
+                if let Some(noted) = &mut flow.noted {
+                    noted.first_byte(took);
+                }
             }
         }
         let wants_trains = flow.wants_trains(self.udp.batch, &train);
@@ -160,6 +164,9 @@ impl<I: Io> Worker<I> {
         if let Some(open) = flow.open.take() {
             let moved = std::mem::take(&mut flow.moved);
             open.moved_bytes(u64::from(moved.to_client), u64::from(moved.to_backend));
+            if let Some(noted) = &mut flow.noted {
+                noted.moved(moved);
+            }
             open.connect_failed(ConnectFailure::Refused, now.timestamp());
             flow.tried.push(Arc::clone(open.live()));
         }
@@ -169,6 +176,7 @@ impl<I: Io> Worker<I> {
         }
         let Some(flow) = self.udp.flows.get_mut(index) else { return Ok(()) };
         let (client, mut tried, old) = (flow.client, std::mem::take(&mut flow.tried), flow.socket.take());
+        let mut noted = flow.noted.take();
         let receiving = flow.receiving;
         if receiving {
             let token = self.udp_token(Op::Answers, index);
@@ -177,8 +185,9 @@ impl<I: Io> Worker<I> {
         if let Some(old) = old {
             self.ring.close(old)?;
         }
-        let placed = self.place(listener, client, &mut tried, tuning.retries, None);
+        let placed = self.place(listener, client, &mut tried, tuning.retries, None, &mut noted);
         let Some(flow) = self.udp.flows.get_mut(index) else { return Ok(()) };
+        flow.noted = noted;
         flow.tried = tried;
         let Placed { open, address, socket, .. } = match placed {
             Ok(placed) => placed,

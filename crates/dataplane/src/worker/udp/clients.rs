@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use allocation::{ConnectFailure, FlowKey, LiveFacts, NoBackend, OpenFlow, Selection};
+use allocation::{BackendIndex, ConnectFailure, FlowKey, LiveFacts, NoBackend, OpenFlow, Selection};
 use flow::preface::Routed;
 use flow::udp::{Cid, ServerIds, Train, Tuple};
 use flow::{CloseReason, Side};
@@ -14,6 +14,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use uring::{Completion, EnterError, Local, Part};
 
 use super::super::connect::{excluded, local_failure};
+use super::super::noted::Noted;
 use super::super::slot::Moved;
 use super::sends::NONE;
 use super::{
@@ -135,17 +136,21 @@ impl<I: Io> Worker<I> {
         }
         stats.opened.add(1);
         let mut tried = Vec::new();
-        let placed = match self.place(listener, client, &mut tried, tuning.retries, Some(part)) {
+        let mut noted = self.access_log.as_ref().map(|_| Noted::new(Some(client)));
+        let packet = Some(part);
+        let placed = match self.place(listener, client, &mut tried, tuning.retries, packet, &mut noted) {
             Ok(placed) => placed,
             Err(why) => {
                 give_back(self);
-                stats.closed(match why {
-                    NotPlaced::NoBackend => CloseReason::NoBackend,
+                let (reason, shed) = match why {
+                    NotPlaced::NoBackend => (CloseReason::NoBackend, None),
                     NotPlaced::Local(shed) => {
                         stats.shed(shed);
-                        CloseReason::Exhausted
+                        (CloseReason::Exhausted, Some(shed))
                     }
-                });
+                };
+                stats.closed(reason);
+                self.log_udp(noted, listener as u16, self.now.micros, reason, shed);
                 return Ok(None);
             }
         };
@@ -155,6 +160,7 @@ impl<I: Io> Worker<I> {
         let flow = UdpFlow {
             listener: listener as u16,
             admitted,
+            noted,
             client,
             local,
             socket: Some(placed.socket),
@@ -225,14 +231,16 @@ impl<I: Io> Worker<I> {
         tried: &mut Vec<Arc<LiveFacts>>,
         retries: u8,
         packet: Option<Part>,
+        noted: &mut Option<Box<Noted>>,
     ) -> Result<Placed, NotPlaced> {
         if let Some((learned, cid)) = packet.and_then(|part| self.quic_backend(listener, part))
             && let Ok(socket) = self.datagram_socket(listener, &learned.address)
         {
+            self.note_learned(listener, &learned, noted);
             return Ok(Placed { open: learned.live.open_flow(), address: learned.address, socket, cid });
         }
         loop {
-            let (open, address) = self.select_for(listener, client, tried)?;
+            let (open, address) = self.select_for(listener, client, tried, noted)?;
             let errno = match self.datagram_socket(listener, &address) {
                 Ok(socket) => return Ok(Placed { open, address, socket, cid: None }),
                 Err(error) => error.raw_os_error(),
@@ -252,11 +260,22 @@ impl<I: Io> Worker<I> {
         }
     }
 
+    /// For the access log: whom a QUIC connection is with.
+    fn note_learned(&mut self, listener: usize, learned: &Learned, noted: &mut Option<Box<Noted>>) {
+        let Some(noted) = noted else { return };
+        let table = Arc::clone(self.listeners[listener].targets[0].table());
+        let mut members = (0..).zip(table.members().backends());
+        if let Some((index, _)) = members.find(|(_, backend)| Arc::ptr_eq(&backend.live, &learned.live)) {
+            noted.given_to(&table, BackendIndex(index), None, self.now.timestamp());
+        }
+    }
+
     fn select_for(
         &mut self,
         listener: usize,
         client: SocketAddr,
         tried: &[Arc<LiveFacts>],
+        noted: &mut Option<Box<Noted>>,
     ) -> Result<(OpenFlow, SocketAddr), NotPlaced> {
         let now = self.now.timestamp();
         let target = &mut self.listeners[listener].targets[0];
@@ -265,6 +284,9 @@ impl<I: Io> Worker<I> {
         let key = if table.wants_key() { FlowKey::of_client(client.ip()) } else { FlowKey::from_bits(0) };
         let (selection, kept) = target.select(&table, key, &tried, now, || Some(client));
         self.note(listener as u16, Routed::DEFAULT, &table, &tried, &selection, kept);
+        if let (Some(noted), Ok(selection)) = (noted, &selection) {
+            noted.chosen(&table, selection, kept, now);
+        }
         match selection {
             Ok(Selection { index, open, .. }) => Ok((open, table.backend(index).address)),
             Err(why) => {

@@ -26,6 +26,7 @@ use rustix::io::Errno;
 use uring::{Completion, EnterError, Group, Local, Op, Token};
 
 use super::admit::Admitted;
+use super::noted::Noted;
 use super::slot::Moved;
 use super::{ACCEPT_REST, Worker};
 use crate::config::UdpConfig;
@@ -117,6 +118,8 @@ struct UdpFlow {
     listener: u16,
     /// Its place behind the listener's limits.
     admitted: Admitted,
+    /// For the access log, where there is one.
+    noted: Option<Box<Noted>>,
     client: SocketAddr,
     /// The address that the client asked, where the listener has many.
     local: Option<Local>,
@@ -164,7 +167,11 @@ impl UdpFlow {
     }
 
     fn hand_over_moved(&mut self) {
-        let Moved { to_client, to_backend } = std::mem::take(&mut self.moved);
+        let moved = std::mem::take(&mut self.moved);
+        let Moved { to_client, to_backend } = moved;
+        if let Some(noted) = &mut self.noted {
+            noted.moved(moved);
+        }
         if let Some(open) = self.open.as_ref().filter(|_| to_client | to_backend != 0) {
             open.moved_bytes(u64::from(to_client), u64::from(to_backend));
         }
@@ -343,6 +350,7 @@ impl<I: Io> Worker<I> {
         stats.closed(reason);
         stats.flow_seconds.record(self.now.micros - flow.opened_micros);
         flow.hand_over_moved();
+        let (noted, of_listener, opened_micros) = (flow.noted.take(), flow.listener, flow.opened_micros);
         flow.open = None;
         flow.tried = Vec::new();
         self.udp.kept_bytes -= flow.forget_kept();
@@ -358,6 +366,7 @@ impl<I: Io> Worker<I> {
             }
         }
         let (receiving, socket) = (flow.receiving, flow.socket.take());
+        self.log_udp(noted, of_listener, opened_micros, reason, None);
         if receiving {
             self.ring.cancel(token)?;
         }
