@@ -155,6 +155,27 @@ pub struct CheckConfig {
     pub port: Option<u16>,
     /// Whether it is spoken within TLS.
     pub tls: Option<TlsConfig>,
+    /// What its connections begin with, before everything else: where flows come with a PROXY header, a server takes nobody
+    /// without one.
+    pub proxy: Option<ProxyHeader>,
+}
+
+/// A PROXY header that says "this connection is the proxy's own" (proxy-protocol.txt, sections 2.1 and 2.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProxyHeader {
+    /// Version 1: `UNKNOWN`.
+    V1,
+    /// Version 2: the command `LOCAL`.
+    V2,
+}
+
+impl ProxyHeader {
+    const fn bytes(self) -> &'static [u8] {
+        match self {
+            Self::V1 => b"PROXY UNKNOWN\r\n",
+            Self::V2 => b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0",
+        }
+    }
 }
 
 /// Who is checked.
@@ -334,6 +355,7 @@ impl Check {
             address: None,
             port: None,
             tls: None,
+            proxy: None,
         };
         Self { config, tls: None }
     }
@@ -410,12 +432,18 @@ impl Check {
     fn talk(&self, stream: TcpStream, subject: &Subject, target: SocketAddr) -> (Talk, Answer) {
         let (say, answer) = oneshot::channel();
         let (dialogue, tls) = (self.config.dialogue.clone(), self.tls.clone());
+        let proxy = self.config.proxy;
         let host = subject.address;
         let talk = Box::pin(async move {
             // The other end of the channel may have gone: nobody waits any more.
             let said = |result| drop(say.send(result));
             let local = stream.local_addr();
             let mut wire = Wire::new(stream);
+            if let Some(proxy) = proxy
+                && let Err(failure) = wire.say(proxy.bytes()).await
+            {
+                return said(Err(failure));
+            }
             let tls_first = !matches!(dialogue, Dialogue::PostgreSql(_) | Dialogue::MySql(_));
             if let Some(tls) = tls.as_deref().filter(|_| tls_first) {
                 let h2 = matches!(dialogue, Dialogue::Grpc(_));

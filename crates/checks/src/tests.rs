@@ -12,7 +12,15 @@ use super::*;
 const SOON: Duration = Duration::from_secs(10);
 
 fn config(dialogue: Dialogue) -> CheckConfig {
-    CheckConfig { dialogue, timing: Timing::default(), timeout: SOON, address: None, port: None, tls: None }
+    CheckConfig {
+        dialogue,
+        timing: Timing::default(),
+        timeout: SOON,
+        address: None,
+        port: None,
+        tls: None,
+        proxy: None,
+    }
 }
 
 fn subject(address: SocketAddr) -> Subject {
@@ -251,6 +259,28 @@ async fn another_port_and_another_address() {
     assert_eq!(of(None, None), "10.0.0.1:5432");
     assert_eq!(of(None, Some(8008)), "10.0.0.1:8008");
     assert_eq!(of(Some("[::1]:1"), None), "[::1]:1");
+}
+
+#[tokio::test]
+async fn a_proxy_header_comes_first() {
+    for (proxy, header) in [
+        (ProxyHeader::V1, &b"PROXY UNKNOWN\r\n"[..]),
+        (ProxyHeader::V2, &[13, 10, 13, 10, 0, 13, 10, 81, 85, 73, 84, 10, 0x20, 0, 0, 0][..]),
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut said = vec![0; header.len()];
+            stream.read_exact(&mut said).await.unwrap();
+            stream.write_all(b"hello").await.unwrap();
+            said
+        });
+        let texts = SendExpect { expect: b"hello".to_vec(), ..SendExpect::default() };
+        let check = CheckConfig { proxy: Some(proxy), ..config(Dialogue::SendExpect(texts)) };
+        assert_eq!(ended(check, address).await.said(), "hello");
+        assert_eq!(server.await.unwrap(), header);
+    }
 }
 
 #[tokio::test]

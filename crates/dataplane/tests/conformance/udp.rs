@@ -631,8 +631,7 @@ fn each_flow_has_a_line_in_the_access_log_and_counts_for_its_clients_limits() {
     config.workers = 1;
     config.engine = Some(engine());
     let to = dataplane::AccessLogTo::File(file.clone());
-    config.access_log =
-        Some(dataplane::AccessLogConfig { to, format: dataplane::AccessLogFormat::Json });
+    config.access_log = Some(dataplane::AccessLogConfig { to, format: dataplane::AccessLogFormat::Json });
     let bound = dataplane::bind(config).unwrap();
     let address = bound.addresses()[0];
     let dataplane = bound.start().unwrap();

@@ -109,6 +109,7 @@ pub(super) fn read(mut section: Section<'_, '_>) -> Option<CheckConfig> {
         address,
         port,
         tls,
+        proxy: None,
     })
 }
 

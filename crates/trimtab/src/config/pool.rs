@@ -5,8 +5,9 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use allocation::{Policy, PoolName, ProbeKnobs};
-use checks::CheckConfig;
+use checks::{CheckConfig, ProxyHeader};
 use dataplane::{Connecting, PoolKnobs};
+use flow::preface::proxy::Version;
 use registry::{CRITERIA_MAX, Criterion, Knobs, PoolConfig, Requirements, SplitBy, SplitConfig, TABLES_MAX};
 use toml::Spanned;
 
@@ -41,7 +42,15 @@ pub(super) fn read(root: &mut Section<'_, '_>) -> Option<(Vec<PoolConfig>, Vec<T
         // Read on without a name: every problem is found in one pass.
         let unnamed = || "unnamed".parse::<PoolName>().ok();
         let told = (tcp::read_pool(&mut section), limits::of_pool(&mut section));
-        let check = check::read(section.section("check"));
+        let proxy = told.0.proxy.map(|version| match version {
+            Version::V1 => ProxyHeader::V1,
+            Version::V2 => ProxyHeader::V2,
+        });
+        // Another port is another service, which nobody said to expect a header.
+        let check = check::read(section.section("check")).map(|check| {
+            let own = check.address.is_none() && check.port.is_none();
+            CheckConfig { proxy: proxy.filter(|_| own), ..check }
+        });
         let read = known.clone().or_else(unnamed).map(|name| read_one(&mut section, name));
         match read.map(|pool| PoolConfig { checked: check.is_some(), ..pool }) {
             Some(pool) if known.is_some() => {

@@ -1176,6 +1176,16 @@ fn how_pools_are_checked() {
     for kind in ["tls", "postgresql", "redis", "smtp", "ftp", "http", "grpc"] {
         assert_eq!(of(&format!("kind = \"{kind}\"")).expect(kind).dialogue.kind(), kind);
     }
+    let with_header = |port: &str| {
+        let file = format!(
+            "[[pool]]\nname = \"sql\"\nproxy_protocol = \"v2\"\n[pool.check]\nkind = \"tcp\"\n{port}[[listener]]\n\
+             bind = \"tcp://127.0.0.1:1\"\npool = \"sql\"\n"
+        );
+        let config = Config::parse(file.as_bytes()).expect("a good file");
+        config.checks.into_iter().flatten().next().expect("a check").proxy
+    };
+    assert_eq!(with_header(""), Some(checks::ProxyHeader::V2), "as flows");
+    assert_eq!(with_header("port = 8008\n"), None, "another port is another service");
     for (lines, expected) in [
         ("", "f:3:1: error: `pool.check.kind` is missing"),
         ("kind = \"posgresql\"", "hint: did you mean \"postgresql\"?"),
