@@ -51,7 +51,15 @@ impl Ftp {
 fn check(timeout: Duration) -> CheckConfig {
     let every = Duration::from_millis(20);
     let timing = Timing { interval: every, fast_interval: every, rise: 2, fall: 3 };
-    CheckConfig { dialogue: Dialogue::Ftp, timing, timeout, address: None, port: None, tls: None }
+    CheckConfig {
+        dialogue: Dialogue::Ftp,
+        timing,
+        timeout,
+        address: None,
+        port: None,
+        tls: None,
+        proxy: None,
+    }
 }
 
 async fn status(running: &Running) -> (ResourceState, Option<CheckStatus>) {
