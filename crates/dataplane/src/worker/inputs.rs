@@ -10,7 +10,7 @@ use uring::{Completion, EnterError, Group};
 
 use super::connect::local_failure;
 use super::slot::Syn;
-use super::{MOVED_AT_MOST, Worker, bit, writable_op};
+use super::{MOVED_AT_MOST, Worker, bit, send_op, writable_op};
 use crate::io::Io;
 use crate::stats::Shed;
 
@@ -29,6 +29,7 @@ impl<I: Io> Worker<I> {
             self.ring.release(buffer);
         }
         let why = match -completion.result {
+            0 if self.is_reset_at_eof(index, from) => RecvEnd::Reset,
             0 => RecvEnd::Eof,
             e if e == Errno::NOBUFS.raw_os_error() => {
                 self.stats.buffer_waits.add(1);
@@ -43,6 +44,19 @@ impl<I: Io> Worker<I> {
             _ => RecvEnd::Reset,
         };
         Some(Input::RecvEnded { from, why })
+    }
+
+    /// Whether what looks like the end of a stream is a reset.
+    ///
+    /// A socket says its error once. If a send meets the peer's reset first, and its completion is still to be looked at, a
+    /// receive or a splice finds nothing left and no error. A connection that was reset has no peer any more, while one whose peer
+    /// has sent FIN has (`getpeername(2)`, ENOTCONN); and where we have sent FIN ourselves, no send is in flight.
+    pub(super) fn is_reset_at_eof(&self, index: u32, from: Side) -> bool {
+        let Some(slot) = self.flows.get(index) else { return false };
+        slot.in_flight & bit(send_op(from)) != 0
+            && self
+                .socket(index, from)
+                .is_some_and(|socket| rustix::net::getpeername(socket).err() == Some(Errno::NOTCONN))
     }
 
     pub(super) fn first_answer(&mut self, index: u32) {

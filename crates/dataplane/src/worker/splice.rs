@@ -1,6 +1,6 @@
 //! Halves whose bytes stay in the kernel.
 
-use flow::{Input, Side};
+use flow::{FillEnd, Input, Side};
 
 use super::Worker;
 use crate::io::Io;
@@ -23,7 +23,10 @@ impl<I: Io> Worker<I> {
         let (socket, pipe) = slot.socket_and_pipe(from, from);
         // No pipe: it was refused a moment ago, and the flow is told so next.
         if let (Some(socket), Some(pipe)) = (socket, pipe) {
-            let (bytes, end) = pipe.fill(socket);
+            let (bytes, mut end) = pipe.fill(socket);
+            if end == FillEnd::Eof && self.is_reset_at_eof(index, from) {
+                end = FillEnd::Reset;
+            }
             self.followups.push_back(Input::Filled { from, bytes, end });
             if from == Side::Backend && bytes > 0 {
                 self.first_answer(index);

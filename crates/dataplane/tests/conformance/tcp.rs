@@ -512,6 +512,45 @@ fn a_reset_during_a_transfer_reaches_the_other_side() {
     }
 }
 
+/// Both sides write as fast as they can when the client resets: a send of ours may meet the reset first, and then what reads the
+/// same socket is told nothing.
+#[test]
+fn a_reset_amid_transfers_both_ways_is_never_taken_for_an_end() {
+    const RESETS: u64 = 60;
+    let (ended, ends) = std::sync::mpsc::channel();
+    let backend = server(move |mut stream| {
+        stream.set_nonblocking(true).unwrap();
+        let mut block = vec![7; 64 * 1024];
+        let deadline = Instant::now() + PATIENCE;
+        // One thread for both ways: a socket says its error once.
+        let end = loop {
+            assert!(Instant::now() < deadline, "neither end nor reset within {PATIENCE:?}");
+            match stream.read(&mut block) {
+                Ok(0) => break "FIN",
+                Err(error) if error.kind() != ErrorKind::WouldBlock => break "RST",
+                _ => {}
+            }
+            match stream.write(&block) {
+                Err(error) if error.kind() != ErrorKind::WouldBlock => break "RST",
+                _ => thread::yield_now(),
+            }
+        };
+        let _ = ended.send(end);
+    });
+    let proxy = Proxy::to(&[backend]);
+    for n in 0..RESETS {
+        let mut client = proxy.client();
+        // From an exchange to what is spliced, and answers that wait unread in between.
+        client.write_all(&vec![1; (n as usize % 20 + 1) * 16 * 1024]).unwrap();
+        let mut some = vec![0; (n as usize % 7 + 1) * 4 * 1024];
+        client.read_exact(&mut some).unwrap();
+        reset(client);
+        assert_eq!(ends.recv_timeout(PATIENCE).unwrap(), "RST", "reset {n}");
+    }
+    eventually("all are over", || proxy.snapshot().flows_open == 0);
+    proxy.finish();
+}
+
 #[test]
 fn slow_readers_hold_back_their_writers_and_nobody_else() {
     const FLOWS: usize = 60;
