@@ -77,62 +77,72 @@ impl Noted {
     }
 }
 
+/// What the line of a flow says beside what was noted while it went.
+struct Ended {
+    listener: u16,
+    target: u16,
+    protocol: Protocol,
+    began_micros: u64,
+    queue_micros: u64,
+    reason: CloseReason,
+    /// The bound at which it ended.
+    shed: Option<Shed>,
+}
+
 impl<I: Io> Worker<I> {
     /// Hands the line of a flow that has ended to the log. `shed`: the bound at which it ended.
     pub(super) fn log(&mut self, index: u32, reason: CloseReason, shed: Option<Shed>) {
-        let (Some(log), Some(slot)) = (&self.access_log, self.flows.get_mut(index)) else { return };
-        let Some(noted) = slot.noted.take() else { return };
-        let Noted { client, chosen, connects, to_client, to_backend, connect_micros, first_byte_micros } =
-            *noted;
-        log.write(Record {
-            ended_micros: self.now.micros,
-            worker: self.worker as u16,
+        let Some(slot) = self.flows.get_mut(index) else { return };
+        let ended = Ended {
             listener: slot.listener,
             target: slot.target,
             protocol: Protocol::Tcp,
-            client,
-            chosen,
-            retries: connects.saturating_sub(1),
-            to_backend,
-            to_client,
+            began_micros: slot.accepted_micros,
             queue_micros: slot.waited_micros,
-            connect_micros,
-            first_byte_micros,
-            total_micros: self.now.micros.saturating_sub(slot.accepted_micros),
-            end: reason.label(),
-            shed: shed.map(Shed::label),
-        });
+            reason,
+            shed,
+        };
+        let noted = slot.noted.take();
+        self.write_line(noted, ended);
     }
 
-    /// The same for a flow of datagrams.
+    /// The same for a flow of datagrams, which goes to the default pool and waits for nobody.
     pub(super) fn log_udp(
         &self,
         noted: Option<Box<Noted>>,
         listener: u16,
-        opened_micros: u64,
+        began_micros: u64,
         reason: CloseReason,
         shed: Option<Shed>,
     ) {
+        let (target, protocol, queue_micros) = (0, Protocol::Udp, 0);
+        self.write_line(
+            noted,
+            Ended { listener, target, protocol, began_micros, queue_micros, reason, shed },
+        );
+    }
+
+    fn write_line(&self, noted: Option<Box<Noted>>, ended: Ended) {
         let (Some(log), Some(noted)) = (&self.access_log, noted) else { return };
         let Noted { client, chosen, connects, to_client, to_backend, connect_micros, first_byte_micros } =
             *noted;
         log.write(Record {
             ended_micros: self.now.micros,
             worker: self.worker as u16,
-            listener,
-            target: 0,
-            protocol: Protocol::Udp,
+            listener: ended.listener,
+            target: ended.target,
+            protocol: ended.protocol,
             client,
             chosen,
             retries: connects.saturating_sub(1),
             to_backend,
             to_client,
-            queue_micros: 0,
+            queue_micros: ended.queue_micros,
             connect_micros,
             first_byte_micros,
-            total_micros: self.now.micros.saturating_sub(opened_micros),
-            end: reason.label(),
-            shed: shed.map(Shed::label),
+            total_micros: self.now.micros.saturating_sub(ended.began_micros),
+            end: ended.reason.label(),
+            shed: ended.shed.map(Shed::label),
         });
     }
 }

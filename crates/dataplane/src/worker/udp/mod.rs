@@ -354,18 +354,15 @@ impl<I: Io> Worker<I> {
         flow.open = None;
         flow.tried = Vec::new();
         self.udp.kept_bytes -= flow.forget_kept();
-        self.shared.flows_open.fetch_sub(1, Relaxed);
-        let listener = &self.listeners[usize::from(flow.listener)];
-        if let Some(gate) = &listener.gate {
-            gate.close(flow.admitted);
-        }
-        if let Some(udp) = &listener.udp {
+        let admitted = flow.admitted;
+        if let Some(udp) = &self.listeners[usize::from(of_listener)].udp {
             udp.shared.flows_open.fetch_sub(1, Relaxed);
             if let Some(cid) = flow.cid.take() {
                 lock(&udp.shared.cids).forget(&cid, flow.id);
             }
         }
         let (receiving, socket) = (flow.receiving, flow.socket.take());
+        self.dismiss(of_listener, admitted);
         self.log_udp(noted, of_listener, opened_micros, reason, None);
         if receiving {
             self.ring.cancel(token)?;
