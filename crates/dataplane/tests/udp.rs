@@ -3,6 +3,8 @@
 //! `cargo test -p trimtab-dataplane --test udp epoll::` runs one engine's.
 #![allow(clippy::duplicate_mod, reason = "one suite, and each of its copies runs another engine")]
 
+mod common;
+
 #[path = "conformance/udp.rs"]
 mod epoll;
 #[path = "conformance/udp.rs"]

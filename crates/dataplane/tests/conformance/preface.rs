@@ -12,12 +12,11 @@ use dataplane::{Config, Connecting, Dataplane, Engine, ListenerConfig, ProxyProt
 use flow::preface::proxy::{self, Accepts, Addresses, Header, Outgoing, Transport, Version, tlv};
 use flow::preface::{GSSENC_REQUEST, Progress, Route, SSL_REQUEST};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::common::{PATIENCE, engine_of, eventually};
 
 /// The engine under test: the module that this file is compiled as (see `tests/preface.rs`).
 fn engine() -> Engine {
-    let name = module_path!().rsplit("::").next().unwrap().replace('_', "-");
-    Engine::ALL.into_iter().find(|engine| engine.name() == name).expect("a module named as an engine")
+    engine_of(module_path!())
 }
 
 struct Proxy {
@@ -112,14 +111,6 @@ fn connect(address: SocketAddr) -> TcpStream {
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
     stream.set_nodelay(true).unwrap();
     stream
-}
-
-fn eventually(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "did not happen within {PATIENCE:?}: {what}");
-        thread::sleep(Duration::from_millis(2));
-    }
 }
 
 fn server(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {

@@ -15,12 +15,11 @@ use allocation::{AllocationTable, Backend, LiveFacts, Members, Policy, Publisher
 use dataplane::{Config, Dataplane, Engine, ListenerConfig};
 use socket2::{SockRef, Socket};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::common::{PATIENCE, engine_of, eventually};
 
 /// The engine under test.
 fn engine() -> Engine {
-    let name = module_path!().rsplit("::").next().unwrap().replace('_', "-");
-    Engine::ALL.into_iter().find(|engine| engine.name() == name).expect("a module named as an engine")
+    engine_of(module_path!())
 }
 
 /// A dataplane with one listener, and the table it reads.
@@ -129,14 +128,6 @@ fn kernel_workers() -> usize {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap().map_while(Result::ok);
     let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
     names.filter(|name| name.starts_with("iou-")).count()
-}
-
-fn eventually(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "did not happen within {PATIENCE:?}: {what}");
-        thread::sleep(Duration::from_millis(2));
-    }
 }
 
 /// A server on loopback that gives each connection to `serve`, on a thread of its own.

@@ -14,12 +14,11 @@ use allocation::telemetry::{DataplaneView, ListenerSnapshot};
 use allocation::{AllocationTable, Backend, LiveFacts, Members, Policy, Publisher};
 use dataplane::{Config, Dataplane, Engine, ListenerConfig, ServerIdForm, UdpConfig};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::common::{PATIENCE, engine_of, eventually};
 
 /// The engine under test.
 fn engine() -> Engine {
-    let name = module_path!().rsplit("::").next().unwrap().replace('_', "-");
-    Engine::ALL.into_iter().find(|engine| engine.name() == name).expect("a module named as an engine")
+    engine_of(module_path!())
 }
 
 /// An address that no other test has. Ports of UDP are used again at once: a late answer to one test's client would begin a flow
@@ -132,14 +131,6 @@ fn client_of(address: SocketAddr) -> UdpSocket {
     socket.connect(address).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     socket
-}
-
-fn eventually(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "did not happen within {PATIENCE:?}: {what}");
-        thread::sleep(Duration::from_millis(2));
-    }
 }
 
 /// A server that answers each datagram by `answer`, until the process ends.
