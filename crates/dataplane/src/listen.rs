@@ -97,7 +97,7 @@ fn open(
     keepalive: Option<Duration>,
     shared: bool,
 ) -> Result<Socket, ListenError> {
-    let socket = listening_socket(Domain::for_address(bind), tcp, keepalive)?;
+    let socket = listening_socket(bind, tcp, keepalive)?;
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(shared)?;
     if bind.is_ipv6() {

@@ -11,6 +11,7 @@
 
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -21,6 +22,9 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 /// Connections that may wait to be accepted, unless told otherwise; the kernel takes at most `net.core.somaxconn`.
 const BACKLOG_DEFAULT: u16 = 4_096;
+/// Instead of a congestion control that paces, within the host; see docs/decisions/0060-no-pacing-within-the-host.md. Every
+/// kernel has this one, and lets everybody use it (`tcp(7)`).
+const UNPACED: &str = "reno";
 
 /// Knobs of sockets on either side. What is not given is as the kernel has it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -37,7 +41,8 @@ pub struct TcpOptions {
     pub send_buffer: Option<u32>,
     /// The mark that routing rules and filters see (`SO_MARK`); needs `CAP_NET_RAW` (`CAP_NET_ADMIN` before Linux 5.17).
     pub mark: Option<u32>,
-    /// The congestion control's name (`TCP_CONGESTION`).
+    /// The congestion control's name (`TCP_CONGESTION`); `None`: the system's, but none that paces (bbr) where both ends are
+    /// loopback addresses.
     pub congestion: Option<String>,
     /// The class of its packets, 0 to 63 (RFC 2474; `IP_TOS`, `IPV6_TCLASS`).
     pub dscp: Option<u8>,
@@ -274,14 +279,29 @@ fn ask(
     answer.map_err(|source| Refused::new(knob, value, source))
 }
 
+/// What a socket's addresses mean to its options.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Reach {
+    /// Of which family it is.
+    pub(crate) ipv6: bool,
+    /// Its connections stay within the host, where pacing is for nobody.
+    pub(crate) unpaced: bool,
+}
+
+/// Whether the system's congestion control sends by the clock (bbr): a timer for each connection that has much to send.
+pub(crate) fn system_paces() -> bool {
+    sysctl("net/ipv4/tcp_congestion_control").starts_with("bbr")
+}
+
 /// Sets what must be there before `connect(2)` or `listen(2)` (buffers: the window's scale is fixed by the handshake,
 /// `tcp(7)`). Goes on after a refusal, except of the mark: says each to `refused`, and whether it was the mark.
 pub(crate) fn set_early(
     socket: &impl AsFd,
-    ipv6: bool,
+    reach: Reach,
     options: &TcpOptions,
     mut refused: impl FnMut(Refused),
 ) -> Result<(), Refused> {
+    let Reach { ipv6, unpaced } = reach;
     let TcpOptions {
         keepalive: _,
         user_timeout,
@@ -306,6 +326,9 @@ pub(crate) fn set_early(
     }
     if let Some(name) = congestion {
         tell(ask(Knob::Congestion, format!("{name:?}"), sockopt::set_tcp_congestion(socket, name)));
+    } else if unpaced {
+        // Nobody asked for it, so nobody need hear if it is refused: the connection costs more, and works.
+        let _ = sockopt::set_tcp_congestion(socket, UNPACED);
     }
     if let Some(dscp) = dscp {
         let class = dscp << 2;
@@ -341,13 +364,14 @@ pub(crate) fn set_keepalive(socket: &impl AsFd, keepalive: Keepalive) -> Result<
 
 /// A socket for listening, with all that its connections inherit.
 pub(crate) fn listening_socket(
-    domain: Domain,
+    bind: SocketAddr,
     tcp: &ListenerTcp,
     keepalive: Option<Duration>,
 ) -> Result<Socket, ListenError> {
-    let socket = stream(domain, tcp.options.mptcp)?;
+    let socket = stream(Domain::for_address(bind), tcp.options.mptcp)?;
     let mut first = None;
-    set_early(&socket, domain == Domain::IPV6, &tcp.options, |refused| {
+    let reach = Reach { ipv6: bind.is_ipv6(), unpaced: bind.ip().is_loopback() && system_paces() };
+    set_early(&socket, reach, &tcp.options, |refused| {
         first.get_or_insert(refused);
     })?;
     if let Some(refused) = first {

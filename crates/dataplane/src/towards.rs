@@ -14,7 +14,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto};
 use socket2::SockRef;
 
 use crate::config::Connecting;
-use crate::tcp::{self, Keepalive, Knob, Refusals, Refused};
+use crate::tcp::{self, Keepalive, Knob, Reach, Refusals, Refused};
 
 /// How long a source address that had no port left for a backend is not tried for it again: the kernel looks at every port
 /// before it says so, which takes milliseconds.
@@ -31,6 +31,8 @@ pub(crate) struct Towards {
     ipv4: Vec<IpAddr>,
     ipv6: Vec<IpAddr>,
     pub(crate) refusals: Refusals,
+    /// The system's congestion control paces.
+    system_paces: bool,
 }
 
 impl Towards {
@@ -44,7 +46,8 @@ impl Towards {
         let sources = if config.sources.is_empty() { sources } else { &config.sources };
         let (ipv4, ipv6) = sources.iter().partition(|source| source.is_ipv4());
         let keepalive = config.options.keepalive.over(keepalive);
-        Self { pool, config, keepalive, ipv4, ipv6, refusals: Refusals::default() }
+        let system_paces = tcp::system_paces();
+        Self { pool, config, keepalive, ipv4, ipv6, refusals: Refusals::default(), system_paces }
     }
 
     pub(crate) fn pool(&self) -> &PoolName {
@@ -85,9 +88,9 @@ impl Towards {
         self.config.options.user_timeout.unwrap_or_default()
     }
 
-    /// A socket with all that must be there before it connects. What it goes without is counted.
-    pub(crate) fn socket(&self, ipv6: bool) -> Result<OwnedFd, SocketError> {
-        let opened = self.open(ipv6, |refused| self.note(&refused));
+    /// A socket with all that must be there before it connects to that backend. What it goes without is counted.
+    pub(crate) fn socket(&self, backend: IpAddr) -> Result<OwnedFd, SocketError> {
+        let opened = self.open(backend, |refused| self.note(&refused));
         opened.inspect_err(|error| {
             if let SocketError::Refused(refused) = error {
                 self.note(refused);
@@ -95,8 +98,10 @@ impl Towards {
         })
     }
 
-    fn open(&self, ipv6: bool, mut without: impl FnMut(Refused)) -> Result<OwnedFd, SocketError> {
+    fn open(&self, backend: IpAddr, mut without: impl FnMut(Refused)) -> Result<OwnedFd, SocketError> {
         let options = &self.config.options;
+        let ipv6 = backend.is_ipv6();
+        let reach = Reach { ipv6, unpaced: self.system_paces && backend.is_loopback() };
         let family = if ipv6 { AddressFamily::INET6 } else { AddressFamily::INET };
         let make =
             |protocol| rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, protocol);
@@ -111,7 +116,7 @@ impl Towards {
                 make(None)?
             }
         };
-        tcp::set_early(&socket, ipv6, options, without)?;
+        tcp::set_early(&socket, reach, options, without)?;
         if self.config.transparent {
             transparent(&socket, ipv6)?;
         }
@@ -127,7 +132,7 @@ impl Towards {
     /// not is an error.
     pub(crate) fn try_out(&self) -> Result<(), Refused> {
         let say = |refused: Refused| self.refusals.say(self.pool.as_str(), &refused);
-        let socket = match self.open(false, say) {
+        let socket = match self.open(Ipv4Addr::UNSPECIFIED.into(), say) {
             Ok(socket) => socket,
             Err(SocketError::Refused(refused)) => return Err(refused),
             // Nothing of the pool's; it is met again where it matters.

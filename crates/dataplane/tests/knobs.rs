@@ -202,6 +202,37 @@ fn what_a_listener_cannot_have_is_said_before_anything_starts() {
 }
 
 #[test]
+fn what_stays_within_the_host_is_not_paced() {
+    let system = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control").unwrap();
+    let system = system.trim();
+    let within = if system.starts_with("bbr") { "reno" } else { system };
+    let backend = plain_echo();
+    let congestion = |bind: &str, options: TcpOptions| {
+        let (tcp, connecting) = self::options(options);
+        let mut config = config(backend, tcp, connecting);
+        config.listeners[0].bind = bind.parse().unwrap();
+        let proxy = start(config);
+        let client = TcpStream::connect(("127.0.0.1", proxy.addresses()[0].port())).unwrap();
+        exchange(&client, b"ping");
+        let ours = client.local_addr().unwrap();
+        let sides = [socket_of(|_, peer| peer == ours), socket_of(|_, peer| peer == backend)];
+        let names = sides.map(|socket| sockopt::tcp_congestion(socket.unwrap()).unwrap());
+        drop(client);
+        proxy.stop();
+        proxy.join().unwrap();
+        names
+    };
+    assert_eq!(congestion("127.0.0.1:0", TcpOptions::default()), [within; 2]);
+    assert_eq!(
+        congestion("0.0.0.0:0", TcpOptions::default()),
+        [system, within],
+        "clients may be far away, and the listener is not told"
+    );
+    let chosen = TcpOptions { congestion: Some(system.to_owned()), ..TcpOptions::default() };
+    assert_eq!(congestion("127.0.0.1:0", chosen), [system; 2], "who names one has it");
+}
+
+#[test]
 fn a_flow_goes_without_what_its_backend_s_socket_cannot_have() {
     let (_, connecting) =
         options(TcpOptions { congestion: Some("nonesuch".to_owned()), ..TcpOptions::default() });

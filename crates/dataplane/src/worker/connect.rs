@@ -169,7 +169,7 @@ impl<I: Io> Worker<I> {
         } else if spent.rests(address, ANY_SOURCE, now) {
             return Err(NoSocket::ForThisBackend(Shed::Ports));
         }
-        let socket = towards.socket(address.is_ipv6())?;
+        let socket = towards.socket(address.ip())?;
         if towards.is_transparent() {
             bind_as(&socket, slot.client_address(), &address)?;
         }
