@@ -119,6 +119,12 @@ pub(crate) trait Io: Sized {
     /// Makes up to `more` further buffers; returns how many.
     fn grow(&mut self, group: Group, more: u32) -> u32;
 
+    /// Has no more than `keep` buffers of the group from now on, as those beyond come back; to be called again while there are more.
+    fn shrink(&mut self, group: Group, keep: u32) -> Result<(), EnterError>;
+
+    /// Most buffers of the group that were held at once since the last call.
+    fn most_held(&mut self, group: Group) -> u32;
+
     /// Gives a held buffer back.
     fn release(&mut self, buffer: u16);
 }
@@ -237,6 +243,14 @@ impl Io for Ring {
 
     fn grow(&mut self, group: Group, more: u32) -> u32 {
         self.pool_mut().grow(group, more)
+    }
+
+    fn shrink(&mut self, group: Group, keep: u32) -> Result<(), EnterError> {
+        self.shrink(group, keep)
+    }
+
+    fn most_held(&mut self, group: Group) -> u32 {
+        self.pool_mut().most_held(group)
     }
 
     fn release(&mut self, buffer: u16) {

@@ -3,8 +3,8 @@
 //! see [`crate::oneshot`]), or by an engine that receives with plain system calls.
 //!
 //! Owns: the buffers' memory, who has each of them, and the rings or lists of those that are free. Memory is reserved for the
-//! most there can ever be and used as far as buffers are really needed: groups start small and [`BufferPool::grow`] when
-//! receives find none.
+//! most there can ever be and used as far as buffers are really needed: groups start small, [`BufferPool::grow`] when
+//! receives find none, and give back what a peak alone needed ([`BufferPool::shrink`]).
 //!
 //! There are three groups. A multishot receive takes as many buffers as bytes have come, whatever the caller would like:
 //! it draws from [`Group::Shared`], which is bounded as a whole. [`Group::First`] is for single receives, of which the caller
@@ -71,9 +71,26 @@ struct Offers {
     buffer_bytes: u32,
     /// Most buffers there can be.
     max: u32,
-    /// For each buffer that exists: whether it waits for bytes. Then it is the kernel's, and nobody here may read it.
-    offered: Vec<bool>,
+    /// Of each buffer that there ever was.
+    states: Vec<State>,
+    /// How many there are.
+    there: u32,
     free: u32,
+    /// Those from this place on are not offered again.
+    keep: usize,
+    /// Most that were held at once since somebody asked.
+    most_held: u32,
+}
+
+/// Who has a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Nobody: it has no memory.
+    Absent,
+    /// It waits for bytes. It is the kernel's, and nobody here may read it.
+    Offered,
+    /// Whoever its completion was given to.
+    Held,
 }
 
 /// Where free buffers wait.
@@ -113,8 +130,9 @@ impl BufferPool {
             let (first, base) = (number as u16, bytes);
             number += max;
             bytes += max as usize * stride(buffer_bytes);
-            let (offered, free) = (Vec::new(), 0);
-            Ok(Offers { place: place(max)?, first, base, buffer_bytes, max, offered, free })
+            let (states, there, free, keep, most_held) = (Vec::new(), 0, 0, 0, 0);
+            let place = place(max)?;
+            Ok(Offers { place, first, base, buffer_bytes, max, states, there, free, keep, most_held })
         };
         let groups = [
             offers(shared, setup.buffer_bytes)?,
@@ -131,7 +149,7 @@ impl BufferPool {
 
     /// How many there are.
     pub fn buffers(&self, group: Group) -> u32 {
-        self.groups[group as usize].offered.len() as u32
+        self.groups[group as usize].there
     }
 
     /// How many of them hold bytes on their way.
@@ -152,14 +170,66 @@ impl BufferPool {
     /// Makes up to `more` further buffers and offers them to the kernel; returns how many.
     pub fn grow(&mut self, group: Group, more: u32) -> u32 {
         let more = more.min(self.buffers_max(group) - self.buffers(group));
+        let mut at = 0;
         for _ in 0..more {
             let offers = &mut self.groups[group as usize];
-            let buffer = offers.first + offers.offered.len() as u16;
-            offers.offered.push(true);
+            while offers.states.get(at).is_some_and(|state| *state != State::Absent) {
+                at += 1;
+            }
+            if at == offers.states.len() {
+                offers.states.push(State::Absent);
+            }
+            offers.states[at] = State::Offered;
+            offers.there += 1;
+            let buffer = offers.first + at as u16;
             self.offer(group, buffer);
         }
-        self.groups[group as usize].publish();
+        let offers = &mut self.groups[group as usize];
+        offers.keep = offers.states.len();
+        offers.publish();
         more
+    }
+
+    /// From now on the group is to have `keep` buffers, unless it grows again. Those beyond, which are the last ones, go as they
+    /// are released, and at once where they wait in a list; their memory is the system's again. How many are still to go.
+    pub fn shrink(&mut self, group: Group, keep: u32) -> u32 {
+        let offers = &mut self.groups[group as usize];
+        offers.keep = offers.keep.min(keep as usize);
+        if let Place::List(list) = &mut offers.place {
+            let (first, keep) = (offers.first, offers.keep);
+            let spare: Vec<u16> =
+                list.extract_if(.., |buffer| usize::from(*buffer - first) >= keep).collect();
+            offers.free -= spare.len() as u32;
+            for buffer in spare {
+                self.discard(group, buffer);
+            }
+        }
+        let offers = &self.groups[group as usize];
+        offers.states.iter().skip(offers.keep).filter(|state| **state != State::Absent).count() as u32
+    }
+
+    /// Most buffers of the group that were held at once since the last call.
+    pub fn most_held(&mut self, group: Group) -> u32 {
+        let held = self.held(group);
+        std::mem::replace(&mut self.groups[group as usize].most_held, held)
+    }
+
+    /// A buffer that nobody has is no more, and its memory is the system's.
+    fn discard(&mut self, group: Group, buffer: u16) {
+        let offers = &mut self.groups[group as usize];
+        let at = usize::from(buffer - offers.first);
+        offers.states[at] = State::Absent;
+        offers.there -= 1;
+        // Pages that it shares with a neighbour go with the one that goes last.
+        let absent = |at: usize| offers.states.get(at).is_some_and(|state| *state == State::Absent);
+        let page = page_bytes();
+        let start = offers.base + at * stride(offers.buffer_bytes);
+        let end = start + stride(offers.buffer_bytes);
+        let first = if at > 0 && absent(at - 1) { start / page * page } else { start.next_multiple_of(page) };
+        let last = if absent(at + 1) { end.next_multiple_of(page) } else { end / page * page };
+        if first < last {
+            self.memory.discard(first, last - first);
+        }
     }
 
     /// Gives a buffer back, for the next bytes.
@@ -169,9 +239,12 @@ impl BufferPool {
     pub fn release(&mut self, buffer: u16) {
         let group = self.group_of(buffer);
         let offers = &mut self.groups[group as usize];
-        let offered = &mut offers.offered[usize::from(buffer - offers.first)];
-        assert!(!*offered, "buffer {buffer} is not held");
-        *offered = true;
+        let at = usize::from(buffer - offers.first);
+        assert!(offers.states[at] == State::Held, "buffer {buffer} is not held");
+        if at >= offers.keep {
+            return self.discard(group, buffer);
+        }
+        offers.states[at] = State::Offered;
         self.offer(group, buffer);
         self.groups[group as usize].publish();
     }
@@ -215,8 +288,7 @@ impl BufferPool {
         let offers = &mut self.groups[group as usize];
         let Place::List(list) = &mut offers.place else { return None };
         let buffer = list.pop()?;
-        offers.offered[usize::from(buffer - offers.first)] = false;
-        offers.free -= 1;
+        offers.hold(usize::from(buffer - offers.first));
         Some(buffer)
     }
 
@@ -256,7 +328,8 @@ impl BufferPool {
     /// Where the bytes of a held buffer are.
     pub(crate) fn held_bytes(&self, buffer: u16, start: u32, length: u32) -> *const u8 {
         let offers = &self.groups[self.group_of(buffer) as usize];
-        assert!(!offers.offered[usize::from(buffer - offers.first)], "buffer {buffer} is not held");
+        let state = offers.states[usize::from(buffer - offers.first)];
+        assert!(state == State::Held, "buffer {buffer} is not held");
         let end = start.checked_add(length).expect("a range of a buffer");
         assert!(end <= offers.buffer_bytes, "bytes {start}..{end} are not in a buffer");
         self.address(buffer).wrapping_add(start as usize)
@@ -265,14 +338,12 @@ impl BufferPool {
     /// The kernel handed this buffer over with a completion. False if it cannot have: such a completion is not ours.
     pub fn take(&mut self, buffer: u16) -> bool {
         let offers = &mut self.groups[self.group_of(buffer) as usize];
-        match offers.offered.get_mut(usize::from(buffer - offers.first)) {
-            Some(offered) if *offered => {
-                *offered = false;
-                offers.free -= 1;
-                true
-            }
-            _ => false,
+        let at = usize::from(buffer - offers.first);
+        let is_ours = offers.states.get(at) == Some(&State::Offered);
+        if is_ours {
+            offers.hold(at);
         }
+        is_ours
     }
 
     /// For `io_uring_register_buf_ring`: each group's ring address, number of entries and id.
@@ -318,6 +389,13 @@ impl Offers {
     fn offer(&mut self, buffer: u16, address: u64, length: u32) {
         self.place.offer(buffer, address, length);
         self.free += 1;
+    }
+
+    /// A free one is held from now on.
+    fn hold(&mut self, at: usize) {
+        self.states[at] = State::Held;
+        self.free -= 1;
+        self.most_held = self.most_held.max(self.there - self.free);
     }
 
     fn publish(&self) {
@@ -369,6 +447,13 @@ const fn stride(buffer_bytes: u32) -> usize {
     buffer_bytes as usize + STAGGER
 }
 
+/// Bytes of a page.
+fn page_bytes() -> usize {
+    // SAFETY: sysconf(3) reads a number; it touches no memory of ours.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(bytes).unwrap_or(4_096)
+}
+
 /// Anonymous memory, zero-filled, paid for page by page as it is touched.
 #[derive(Debug)]
 struct Mapping {
@@ -394,6 +479,18 @@ impl Mapping {
         NonNull::new(address.cast())
             .map(|address| Self { address, length })
             .ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+    }
+}
+
+impl Memory {
+    /// Gives pages back; they are zeroes when they are next touched. Nobody may have buffers in them.
+    fn discard(&self, start: usize, length: usize) {
+        assert!(start + length <= self.0.length, "bytes of the mapping");
+        let address = self.0.address.as_ptr().wrapping_add(start);
+        // SAFETY: the range is inside our own anonymous mapping, and covers only buffers that are absent: no reference into
+        // them is left (`BufferPool::bytes` wants them held), and the kernel has them neither to receive into, for they
+        // are in no ring or list of free ones, nor to send, for whoever held them released them. A failure leaves the pages.
+        let _ = unsafe { libc::madvise(address.cast(), length, libc::MADV_DONTNEED) };
     }
 }
 
@@ -455,6 +552,48 @@ mod tests {
         pool.provide_failed(0, 3);
         assert_eq!(pool.take_free(Group::Shared), Some(2));
         assert_eq!(pool.take_free(Group::First), None);
+    }
+
+    #[test]
+    fn what_a_peak_needed_is_given_back() {
+        let mut pool = BufferPool::listed(&crate::Setup { shared: 64, ..setup(64, 8) }).unwrap();
+        let held: Vec<u16> = (0..64).map(|_| pool.take_free(Group::Shared).unwrap()).collect();
+        for buffer in &held {
+            pool.bytes_mut(*buffer).fill(7);
+        }
+        assert_eq!(pool.most_held(Group::Shared), 64);
+        for buffer in held.iter().filter(|buffer| **buffer % 2 == 0) {
+            pool.release(*buffer);
+        }
+        assert_eq!(pool.shrink(Group::Shared, 8), 28, "the held ones: every second of 56");
+        assert_eq!((pool.buffers(Group::Shared), pool.free(Group::Shared)), (36, 4));
+        for buffer in held.iter().filter(|buffer| **buffer % 2 == 1) {
+            pool.release(*buffer);
+        }
+        assert_eq!((pool.buffers(Group::Shared), pool.free(Group::Shared)), (8, 8));
+        assert_eq!((pool.most_held(Group::Shared), pool.most_held(Group::Shared)), (64, 0));
+        assert_eq!(pool.grow(Group::Shared, 100), 56);
+        let mut again: Vec<u16> = (0..64).map(|_| pool.take_free(Group::Shared).unwrap()).collect();
+        assert_eq!(pool.take_free(Group::Shared), None);
+        again.sort_unstable();
+        assert_eq!(again, (0..64).collect::<Vec<_>>(), "each once");
+        assert!(pool.bytes(7, 0, 4_096).iter().all(|byte| *byte == 7), "those that stayed have their bytes");
+        assert!(
+            (9..63).all(|buffer| pool.bytes(buffer, 0, 4_096) == [0; 4_096]),
+            "the others have new memory"
+        );
+    }
+
+    #[test]
+    fn a_ring_s_buffers_go_as_they_are_released() {
+        let mut pool = BufferPool::new(&setup(16, 8)).unwrap();
+        pool.grow(Group::Shared, 16);
+        assert_eq!(pool.shrink(Group::Shared, 4), 12);
+        assert_eq!(pool.buffers(Group::Shared), 16, "the kernel has them");
+        (0..16).for_each(|buffer| assert!(pool.take(buffer)));
+        (0..16).for_each(|buffer| pool.release(buffer));
+        assert_eq!((pool.buffers(Group::Shared), pool.free(Group::Shared)), (4, 4));
+        assert!(!pool.take(4), "it is not there");
     }
 
     #[test]

@@ -108,6 +108,21 @@ impl SetupError {
 #[error("entering the kernel for completions failed: {0}")]
 pub struct EnterError(#[from] io::Error);
 
+/// An eventfd that gives 1 to each read, as often as it was told ([`add`]); reads do not wait for it.
+fn semaphore() -> Option<OwnedFd> {
+    // SAFETY: eventfd(2) touches no memory of ours.
+    let file = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK | libc::EFD_SEMAPHORE) };
+    // SAFETY: it was just opened, and nobody else knows of it.
+    (file >= 0).then(|| unsafe { OwnedFd::from_raw_fd(file) })
+}
+
+/// Lets so many more reads of a [`semaphore`] succeed.
+fn add(semaphore: &OwnedFd, count: u32) {
+    let count = u64::from(count);
+    // SAFETY: the pointer is to eight bytes that live until the call returns. It fails only where 2^64 is reached.
+    let _ = unsafe { libc::write(semaphore.as_raw_fd(), std::ptr::from_ref(&count).cast(), 8) };
+}
+
 /// How long [`Ring::enter`] may wait for a completion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wait {
@@ -145,10 +160,15 @@ pub struct Ring {
     messages: Messages,
     /// What receives of datagrams ask for: room for an address and control messages. The kernel copies it with each.
     receive_form: Box<libc::msghdr>,
+    /// What free buffers are read from to have them back: an eventfd that counts down; see [`Ring::shrink`].
+    withdrawals: Option<OwnedFd>,
     /// Submissions whose last completion has not come (those that complete silently are not counted).
     in_flight: usize,
     enters: u64,
 }
+
+/// Free buffers that one [`Ring::shrink`] takes from the kernel at most: some 0.2 ms.
+const WITHDRAWN_AT_ONCE: u32 = 256;
 
 impl Ring {
     /// Makes the ring. It must be used on the thread that made it: the kernel checks (`IORING_SETUP_SINGLE_ISSUER`).
@@ -182,6 +202,7 @@ impl Ring {
             addresses_used: 0,
             messages: Messages::new(),
             receive_form,
+            withdrawals: None,
             in_flight: 0,
             enters: 0,
         })
@@ -195,6 +216,26 @@ impl Ring {
     /// The receive buffers, to make more of them and to give them back.
     pub fn pool_mut(&mut self) -> &mut BufferPool {
         &mut self.pool
+    }
+
+    /// As [`BufferPool::shrink`], and has some of the free buffers back from the kernel, which takes them in turn: those that
+    /// stay are offered again, the others go. To be called again while there are too many.
+    ///
+    /// Nothing else gets a buffer out of a ring that the kernel is taking from. So each is received into: eight bytes of an eventfd.
+    pub fn shrink(&mut self, group: Group, keep: u32) -> Result<(), EnterError> {
+        if self.pool.shrink(group, keep) == 0 {
+            return Ok(());
+        }
+        let Some(source) = self.withdrawals.take().or_else(semaphore) else { return Ok(()) };
+        let count = self.pool.free(group).min(WITHDRAWN_AT_ONCE);
+        add(&source, count);
+        for _ in 0..count {
+            let read = opcode::Read::new(Fd(source.as_raw_fd()), std::ptr::null_mut(), 8);
+            let read = read.buf_group(group.id()).build().flags(squeue::Flags::BUFFER_SELECT);
+            self.push(&read, Token::new(Op::Withdraw, 0, 0))?;
+        }
+        self.withdrawals = Some(source);
+        Ok(())
     }
 
     /// Submissions whose last completion has not come.
@@ -393,6 +434,10 @@ impl Ring {
                 *in_flight -= 1;
             }
             let buffer = cqueue::buffer_select(entry.flags()).filter(|buffer| pool.take(*buffer));
+            if token.op == Op::Withdraw {
+                buffer.into_iter().for_each(|buffer| pool.release(buffer));
+                return None;
+            }
             let accepted = token.op == Op::Accept && entry.result() >= 0;
             // SAFETY: a non-negative result of an accept is a descriptor that the kernel has just opened for us and told
             // nobody else; each completion is taken from the queue once, so it has one owner.

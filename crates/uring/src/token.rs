@@ -36,10 +36,12 @@ pub enum Op {
     Answers,
     /// Send of a datagram or a train.
     SendDatagrams,
+    /// A read that takes a free buffer out of the kernel's ring; [`crate::Ring`] has its completions.
+    Withdraw,
 }
 
 impl Op {
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 17] = [
         Self::Accept,
         Self::Connect,
         Self::RecvClient,
@@ -56,6 +58,7 @@ impl Op {
         Self::Datagrams,
         Self::Answers,
         Self::SendDatagrams,
+        Self::Withdraw,
     ];
 }
 

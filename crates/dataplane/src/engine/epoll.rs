@@ -534,6 +534,15 @@ impl Io for Epoll {
         self.pool.grow(group, more)
     }
 
+    fn shrink(&mut self, group: Group, keep: u32) -> Result<(), EnterError> {
+        self.pool.shrink(group, keep);
+        Ok(())
+    }
+
+    fn most_held(&mut self, group: Group) -> u32 {
+        self.pool.most_held(group)
+    }
+
     fn release(&mut self, buffer: u16) {
         self.pool.release(buffer);
     }

@@ -617,6 +617,15 @@ impl Io for TokioUring {
         self.state.pool.grow(group, more)
     }
 
+    fn shrink(&mut self, group: Group, keep: u32) -> Result<(), EnterError> {
+        self.state.pool.shrink(group, keep);
+        Ok(())
+    }
+
+    fn most_held(&mut self, group: Group) -> u32 {
+        self.state.pool.most_held(group)
+    }
+
     fn release(&mut self, buffer: u16) {
         self.state.pool.release(buffer);
     }

@@ -33,6 +33,7 @@ use crate::slots::Slots;
 use crate::stats::{Stats, WorkerStats};
 use crate::towards::Towards;
 use admit::Gate;
+use peaks::Peaks;
 use preface::Prefaces;
 use queue::Room;
 use shortages::Shortages;
@@ -48,6 +49,7 @@ mod connect;
 mod inputs;
 mod leave;
 mod noted;
+mod peaks;
 mod perform;
 mod preface;
 pub(crate) mod queue;
@@ -128,6 +130,7 @@ pub(crate) struct Worker<I> {
     pipes: Pipes,
     flows_max: u32,
     shortages: Shortages,
+    peaks: Peaks,
     /// Receives that found no buffer, oldest first. At most two for each flow.
     buffer_waits: VecDeque<(u32, u32, Side)>,
     /// When to accept again after running out of something.
@@ -182,6 +185,7 @@ impl<I: Io> Worker<I> {
             pipes: Pipes::default(),
             flows_max: setup.flows_max,
             shortages: Shortages::default(),
+            peaks: Peaks::default(),
             buffer_waits: VecDeque::new(),
             accept_again: None,
             accept_warned: false,
@@ -228,6 +232,7 @@ impl<I: Io> Worker<I> {
             self.expire()?;
             self.serve_buffer_waits()?;
             self.serve_queues()?;
+            self.give_back_buffers()?;
             self.publish_stats();
         }
         Ok(())
@@ -242,8 +247,9 @@ impl<I: Io> Worker<I> {
     }
 
     fn wait(&self) -> Wait {
-        let timers = [self.wheel.next_wake(), self.accept_again, self.drain_deadline, self.udp.next_wake()];
-        match timers.into_iter().flatten().min() {
+        let own = [self.accept_again, self.drain_deadline, self.peaks.next_wake()];
+        let timers = [self.wheel.next_wake(), self.udp.next_wake()];
+        match timers.into_iter().chain(own).flatten().min() {
             Some(at) => Wait::For(at.since(self.now.timestamp())),
             None => Wait::Forever,
         }
@@ -278,7 +284,8 @@ impl<I: Io> Worker<I> {
             Op::Datagrams => self.datagrams_came(&completion),
             Op::Answers => self.answers_came(&completion),
             Op::SendDatagrams => self.sent(&completion),
-            Op::Cancel | Op::Close => Ok(()), // There was nothing to cancel any more; a close that fails has closed.
+            // There was nothing to cancel any more; a close that fails has closed; buffers are the ring's to withdraw.
+            Op::Cancel | Op::Close | Op::Withdraw => Ok(()),
             _ => self.step_flow(&completion),
         }
     }
@@ -319,7 +326,8 @@ impl<I: Io> Worker<I> {
             | Op::Close
             | Op::Datagrams
             | Op::Answers
-            | Op::SendDatagrams => None, // Not of a flow: `step` took them.
+            | Op::SendDatagrams
+            | Op::Withdraw => None, // Not of a flow: `step` took them.
         };
         match input {
             Some(input) => self.drive(index, input),

@@ -1,4 +1,4 @@
-//! Whether a worker has too few shared buffers.
+//! Whether a worker has too few buffers that many receives share.
 //!
 //! Each has its price: with too few, receives find none and have to be made anew, one at a time; with too many, the kernel,
 //! which takes them in turn, comes to cold memory each time. So they grow by need and not by a single burst.

@@ -27,6 +27,7 @@ use uring::{Completion, EnterError, Group, Local, Op, Token};
 
 use super::admit::Admitted;
 use super::noted::Noted;
+use super::shortages::Shortages;
 use super::slot::Moved;
 use super::{ACCEPT_REST, Worker};
 use crate::config::UdpConfig;
@@ -40,7 +41,7 @@ mod clients;
 mod sends;
 
 /// Buffers for datagrams at the start, and most. What one batch receives is in them, and what it sends.
-const DATAGRAMS_AT_START: u32 = 64;
+pub(super) const DATAGRAMS_AT_START: u32 = 64;
 pub(super) const DATAGRAMS_MAX: u32 = 1_024;
 /// Bytes of one: the largest datagram or train, and what the kernel puts before it.
 pub(super) const DATAGRAM_BYTES: u32 = 65_536 + uring::DATAGRAM_OVERHEAD;
@@ -194,6 +195,7 @@ pub(super) struct Udp {
     expired: Vec<(u32, Expiry)>,
     kept_bytes: usize,
     batch: u32,
+    shortages: Shortages,
     next_id: u64,
     /// When to receive again after the kernel ran out of something.
     rest_until: Option<Timestamp>,
@@ -209,6 +211,7 @@ impl Udp {
             expired: Vec::new(),
             kept_bytes: 0,
             batch: 0,
+            shortages: Shortages::default(),
             next_id: (worker as u64) << 48,
             rest_until: None,
         }
@@ -238,6 +241,7 @@ impl<I: Io> Worker<I> {
     /// The end of a batch: sends what was put together, ends what is over, receives again.
     pub(super) fn finish_datagrams(&mut self) -> Result<(), EnterError> {
         self.udp.batch = self.udp.batch.wrapping_add(1);
+        self.udp.shortages.next_batch();
         self.send_queued()?;
         while let Some((index, generation, reason)) = self.udp.over.pop() {
             if self.udp.flows.generation(index) == Some(generation) {
@@ -310,7 +314,7 @@ impl<I: Io> Worker<I> {
     fn receive_failed(&mut self, errno: i32) {
         if errno == Errno::NOBUFS.raw_os_error() {
             self.stats.buffer_waits.add(1);
-            if self.ring.buffers_free(Group::Datagrams) == 0 {
+            if self.udp.shortages.found_none(self.ring.buffers_free(Group::Datagrams)) {
                 let double = self.ring.buffers(Group::Datagrams);
                 self.ring.grow(Group::Datagrams, double);
             }
