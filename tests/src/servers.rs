@@ -12,6 +12,18 @@ use crate::{Process, connect, until};
 /// Debian's, whatever else is in `PATH`: its packages are installed there.
 const PYTHON: &str = "/usr/bin/python3";
 
+/// Its command line has no TLS. Arguments: address, port, certificate, key, folder.
+const FTP_WITH_TLS: &str = "
+import sys
+from pyftpdlib.authorizers import DummyAuthorizer
+from pyftpdlib.handlers import TLS_FTPHandler as Handler
+from pyftpdlib.servers import FTPServer
+host, port, Handler.certfile, Handler.keyfile, folder = sys.argv[1:]
+Handler.authorizer = DummyAuthorizer()
+Handler.authorizer.add_anonymous(folder)
+FTPServer((host, int(port)), Handler).serve_forever()
+";
+
 /// A server. It and its folder go when this is dropped.
 #[derive(Debug)]
 pub struct Server {
@@ -64,12 +76,12 @@ impl Server {
         })
     }
 
-    /// aiosmtpd, which forgets every message.
+    /// aiosmtpd, which forgets every message; with a certificate and its key, it has STARTTLS and wants it.
     ///
     /// # Panics
     /// As [`Self::redis`].
     #[track_caller]
-    pub fn smtp() -> Self {
+    pub fn smtp(tls: Option<(&Path, &Path)>) -> Self {
         Self::start("aiosmtpd", |address, _| {
             let mut command = Command::new(PYTHON);
             command.args([
@@ -81,40 +93,53 @@ impl Server {
                 "-l",
                 &address.to_string(),
             ]);
+            if let Some((certificate, key)) = tls {
+                command.arg("--tlscert").arg(certificate).arg("--tlskey").arg(key);
+            }
             command
         })
     }
 
-    /// pyftpdlib, of its folder.
+    /// pyftpdlib, of its folder; with a certificate and its key, it has AUTH TLS.
     ///
     /// # Panics
     /// As [`Self::redis`].
     #[track_caller]
-    pub fn ftp() -> Self {
+    pub fn ftp(tls: Option<(&Path, &Path)>) -> Self {
         Self::start("pyftpdlib", |address, folder| {
             let mut command = Command::new(PYTHON);
+            if let Some((certificate, key)) = tls {
+                command.args(["-c", FTP_WITH_TLS, &address.ip().to_string(), &address.port().to_string()]);
+                command.arg(certificate).arg(key).arg(folder);
+                return command;
+            }
             command.args(["-m", "pyftpdlib", "-i", &address.ip().to_string()]);
             command.args(["-p", &address.port().to_string(), "-d"]).arg(folder);
             command
         })
     }
 
-    /// Prosody, of the domain `example.test`.
+    /// Prosody, of the domain `example.test`; with a certificate and its key, it has STARTTLS and wants it.
     ///
     /// # Panics
     /// As [`Self::redis`].
     #[track_caller]
-    pub fn prosody() -> Self {
+    pub fn prosody(tls: Option<(&Path, &Path)>) -> Self {
         Self::start("prosody", |address, folder| {
+            let (modules, ssl) = tls.map_or_else(Default::default, |(certificate, key)| {
+                let (certificate, key) = (certificate.display(), key.display());
+                (", \"tls\"", format!("ssl = {{ certificate = \"{certificate}\", key = \"{key}\" }}\n"))
+            });
             let text = format!(
                 "run_as_root = true\npidfile = \"{0}/pid\"\ndata_path = \"{0}\"\n\
                  interfaces = {{ \"{1}\" }}\nc2s_ports = {{ {2} }}\nmodules_disabled = {{ \"s2s\" }}\n\
-                 modules_enabled = {{ \"saslauth\" }}\nc2s_require_encryption = false\n\
+                 modules_enabled = {{ \"saslauth\"{modules} }}\n{ssl}c2s_require_encryption = {3}\n\
                  log = {{ {{ levels = {{ min = \"info\" }}, to = \"console\" }} }}\n\
                  VirtualHost \"example.test\"\n",
                 folder.display(),
                 address.ip(),
-                address.port()
+                address.port(),
+                tls.is_some()
             );
             let file = folder.join("prosody.cfg.lua");
             std::fs::write(&file, text).expect("our own folder");

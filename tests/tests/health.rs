@@ -83,12 +83,12 @@ fn kinds() -> Vec<Kind> {
             |at| mariadb(at, "select 1").is_some(),
         ),
         ("redis", own(""), || Any::Server(Server::redis()), |at| says(at, b"PING\r\n", "+PONG")),
-        ("smtp", own(""), || Any::Server(Server::smtp()), |at| says(at, b"QUIT\r\n", "220 ")),
-        ("ftp", own(""), || Any::Server(Server::ftp()), |at| says(at, b"QUIT\r\n", "220")),
+        ("smtp", own(""), || Any::Server(Server::smtp(None)), |at| says(at, b"QUIT\r\n", "220 ")),
+        ("ftp", own(""), || Any::Server(Server::ftp(None)), |at| says(at, b"QUIT\r\n", "220")),
         (
             "xmpp",
             own("domain = \"example.test\""),
-            || Any::Server(Server::prosody()),
+            || Any::Server(Server::prosody(None)),
             |at| {
                 let opening = "<?xml version='1.0'?><stream:stream to='example.test' xmlns='jabber:client' \
                            xmlns:stream='http://etherx.jabber.org/streams' version='1.0'>\n</stream:stream>";
@@ -415,6 +415,60 @@ fn what_a_service_or_a_program_says_counts() {
     std::fs::remove_file(&hang).expect("our own file");
     state("command", "ready");
     until("nothing is left of it", || (sleepers(&flag) == 0).then_some(()));
+}
+
+#[test]
+fn checks_go_over_to_tls_where_a_server_asks_for_it() {
+    let pki = Pki::new();
+    pki.issue("service", &["--dns", "service.example.com"]);
+    let (certificate, key) = (pki.path("service.pem"), pki.path("service.key"));
+    let tls = Some((certificate.as_path(), key.as_path()));
+    let servers = [
+        ("smtp", "", Server::smtp(tls)),
+        ("ftp", "", Server::ftp(tls)),
+        ("xmpp", "domain = \"example.test\"\n", Server::prosody(tls)),
+    ];
+    let believed = format!(
+        "[pool.check.tls]\nstarttls = true\nserver_name = \"service.example.com\"\nca = \"{}\"",
+        pki.path("ca.pem").display()
+    );
+    let mut config = BalancerConfig::default();
+    for (kind, lines, _) in &servers {
+        config.add_pool(kind, &check(kind, &format!("{lines}{believed}")));
+        // Of nobody that we believe; and who begins with TLS is not understood.
+        let stranger = "[pool.check.tls]\nstarttls = true\nserver_name = \"service.example.com\"";
+        config.add_pool(&format!("{kind}-stranger"), &check(kind, &format!("{lines}{stranger}")));
+        config.add_pool(
+            &format!("{kind}-at-once"),
+            &check(kind, &format!("{lines}[pool.check.tls]\nverify = false")),
+        );
+    }
+    let balancer = Balancer::start(config);
+    let ids = |kind: &str| [kind.to_owned(), format!("{kind}-stranger"), format!("{kind}-at-once")];
+    let _agents: Vec<_> = servers
+        .iter()
+        .flat_map(|(kind, _, server)| ids(kind).map(|id| balancer.agent_of(&id, &id, server.address(), &[])))
+        .collect();
+    for (kind, _, _) in &servers {
+        let [believed, stranger, at_once] = ids(kind);
+        wait_for(&balancer, std::slice::from_ref(&believed), "ready");
+        until(&format!("{kind} is up"), || {
+            (balancer.resources()[&believed]["check"]["state"] == "up").then_some(())
+        });
+        let resources = wait_for(&balancer, &[stranger.clone(), at_once.clone()], "down");
+        for id in [stranger, at_once] {
+            let detail = &resources[&id]["check"]["detail"];
+            let is_of_tls = detail.as_str().is_some_and(|detail| detail.starts_with("no TLS: "));
+            let is_late = resources[&id]["check"]["result"] == "timed_out";
+            assert!(is_of_tls || (is_late && id.ends_with("at-once")), "{id}: {detail}");
+        }
+    }
+    // Again and again, and by nobody else's mistake: it is well for as long as we look.
+    let passed = |kind: &str| balancer.resources()[kind]["check"]["passed_total"].as_u64();
+    for (kind, _, _) in &servers {
+        until(&format!("{kind} passes"), || passed(kind).filter(|count| *count >= 10));
+        assert_eq!(balancer.resources()[*kind]["check"]["failed_total"], 0, "{kind}");
+    }
 }
 
 /// Shells of the check that are left.

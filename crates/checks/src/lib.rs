@@ -3,6 +3,7 @@
 //! ```text
 //! Schedule      when the next check is due, and what results in a row mean: rise, fall, jitter     pure
 //! Check::begin  connect -> TLS -> the dialogue of its kind -> goodbye -> FIN, and theirs awaited
+//!                          or where the dialogue asks for it (STARTTLS)
 //! ```
 //!
 //! * It owns the dialogues: for each protocol a pure codec (bytes out, `parse` over bytes in) and a few lines that drive it over
@@ -60,6 +61,7 @@ pub use udp::Udp;
 pub use wire::TAKEN_BYTES_MAX;
 pub use xmpp::{StreamKind, Xmpp};
 
+use tls::Later;
 use wire::Wire;
 
 /// How long a goodbye may take, once the answer is known.
@@ -86,11 +88,11 @@ pub enum Dialogue {
     MySql(MySql),
     /// PING and QUIT.
     Redis,
-    /// A greeting, EHLO and QUIT (RFC 5321).
+    /// A greeting, EHLO and QUIT (RFC 5321), with STARTTLS and EHLO again between them (RFC 3207).
     Smtp(Smtp),
-    /// A greeting and QUIT (RFC 959).
+    /// A greeting and QUIT (RFC 959), with AUTH TLS between them (RFC 4217).
     Ftp,
-    /// A stream that is opened and closed (RFC 6120).
+    /// A stream that is opened and closed (RFC 6120), with another before it that goes over to TLS.
     Xmpp(Xmpp),
     /// A query (RFC 1035).
     Dns(DnsQuery),
@@ -118,6 +120,12 @@ impl Dialogue {
         "udp",
         "command",
     ];
+
+    /// Whether it can go over to TLS when it has begun in clear, or begin within TLS: [`TlsConfig::starttls`] says which. (Those of
+    /// databases always go over.)
+    pub const fn has_starttls(&self) -> bool {
+        matches!(self, Self::Smtp(_) | Self::Ftp | Self::Xmpp(_))
+    }
 
     /// The name of its kind, in the configuration and in output.
     pub const fn kind(&self) -> &'static str {
@@ -433,6 +441,7 @@ impl Check {
         let (say, answer) = oneshot::channel();
         let (dialogue, tls) = (self.config.dialogue.clone(), self.tls.clone());
         let proxy = self.config.proxy;
+        let starttls = dialogue.has_starttls() && self.config.tls.as_ref().is_some_and(|tls| tls.starttls);
         let host = subject.address;
         let talk = Box::pin(async move {
             // The other end of the channel may have gone: nobody waits any more.
@@ -444,13 +453,14 @@ impl Check {
             {
                 return said(Err(failure));
             }
-            let tls_first = !matches!(dialogue, Dialogue::PostgreSql(_) | Dialogue::MySql(_));
+            let tls_first = !starttls && !matches!(dialogue, Dialogue::PostgreSql(_) | Dialogue::MySql(_));
             if let Some(tls) = tls.as_deref().filter(|_| tls_first) {
                 let h2 = matches!(dialogue, Dialogue::Grpc(_));
                 if let Err(failure) = wire.secure(tls, target.ip(), h2).await {
                     return said(Err(failure));
                 }
             }
+            let later = tls.as_deref().filter(|_| starttls).map(|tls| Later { tls, target: target.ip() });
             let result = match &dialogue {
                 // These two bring a client of their own, which says goodbye itself.
                 Dialogue::Http(http) => return http.ask(wire, host, said).await,
@@ -465,9 +475,9 @@ impl Check {
                 Dialogue::PostgreSql(of) => postgresql::ask(of, &mut wire, tls.as_deref(), target.ip()).await,
                 Dialogue::MySql(of) => mysql::ask(of, &mut wire, tls.as_deref(), target.ip()).await,
                 Dialogue::Redis => redis::ask(&mut wire).await,
-                Dialogue::Smtp(smtp) => smtp::ask(smtp, &mut wire, local.ok().map(|at| at.ip())).await,
-                Dialogue::Ftp => ftp::ask(&mut wire).await,
-                Dialogue::Xmpp(xmpp) => xmpp::ask(xmpp, &mut wire).await,
+                Dialogue::Smtp(smtp) => smtp::ask(smtp, &mut wire, local.ok().map(|at| at.ip()), later).await,
+                Dialogue::Ftp => ftp::ask(&mut wire, later).await,
+                Dialogue::Xmpp(xmpp) => xmpp::ask(xmpp, &mut wire, later).await,
             };
             // The answer does not wait for the goodbye.
             said(result);

@@ -1,10 +1,11 @@
 //! SMTP (RFC 5321): the greeting, EHLO, QUIT. A server that sees a client go without QUIT may log it, and many refuse to talk to
-//! one that speaks before the greeting.
+//! one that speaks before the greeting. With STARTTLS (RFC 3207), if it is offered, and all but the greeting again within TLS.
 
 use std::net::IpAddr;
 
 use crate::Failure;
-use crate::reply;
+use crate::reply::{self, Reply};
+use crate::tls::Later;
 use crate::wire::Wire;
 
 /// How we introduce ourselves.
@@ -14,11 +15,34 @@ pub struct Smtp {
     pub helo: Option<String>,
 }
 
-pub(crate) async fn ask(smtp: &Smtp, wire: &mut Wire, local: Option<IpAddr>) -> Result<String, Failure> {
+pub(crate) async fn ask(
+    smtp: &Smtp,
+    wire: &mut Wire,
+    local: Option<IpAddr>,
+    starttls: Option<Later<'_>>,
+) -> Result<String, Failure> {
     let greeting = reply::expect(wire, "SMTP", 220).await?;
-    wire.say(&ehlo(smtp, local)).await?;
-    reply::expect(wire, "SMTP", 250).await?;
+    let ehlo = ehlo(smtp, local);
+    wire.say(&ehlo).await?;
+    let extensions = reply::expect(wire, "SMTP", 250).await?;
+    if let Some(later) = starttls {
+        if !offers_starttls(&extensions) {
+            return Err(Failure::Answer("it offers no STARTTLS".to_owned()));
+        }
+        wire.say(b"STARTTLS\r\n").await?;
+        reply::expect(wire, "SMTP", 220).await?;
+        later.begin(wire).await?;
+        // What it said before is to be forgotten (§4.2).
+        wire.say(&ehlo).await?;
+        reply::expect(wire, "SMTP", 250).await?;
+    }
     Ok(format!("220 {}", greeting.text))
+}
+
+/// RFC 5321 §4.1.1.1: a keyword for each line but the first.
+fn offers_starttls(extensions: &Reply) -> bool {
+    let keyword = |line: &String| line.get(4..).and_then(|rest| rest.split(' ').next().map(str::to_owned));
+    extensions.further.iter().filter_map(keyword).any(|word| word.eq_ignore_ascii_case("STARTTLS"))
 }
 
 fn ehlo(smtp: &Smtp, local: Option<IpAddr>) -> Vec<u8> {

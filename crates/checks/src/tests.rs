@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
@@ -39,6 +39,19 @@ fn hear(bytes: &[u8]) -> Turn {
     Hear(bytes.to_vec())
 }
 
+async fn play(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), turns: Vec<Turn>) {
+    for turn in turns {
+        match turn {
+            Say(text) => stream.write_all(text).await.unwrap(),
+            Hear(expected) => {
+                let mut heard = vec![0; expected.len()];
+                stream.read_exact(&mut heard).await.unwrap();
+                assert_eq!(String::from_utf8_lossy(&heard), String::from_utf8_lossy(&expected));
+            }
+        }
+    }
+}
+
 /// A server that takes one connection, and gives what was left at its end: nothing, where the client ended in good order (a reset is
 /// an error here).
 async fn server(turns: Vec<Turn>) -> (SocketAddr, JoinHandle<Vec<u8>>) {
@@ -46,16 +59,7 @@ async fn server(turns: Vec<Turn>) -> (SocketAddr, JoinHandle<Vec<u8>>) {
     let address = listener.local_addr().unwrap();
     let serving = tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();
-        for turn in turns {
-            match turn {
-                Say(text) => stream.write_all(text).await.unwrap(),
-                Hear(expected) => {
-                    let mut heard = vec![0; expected.len()];
-                    stream.read_exact(&mut heard).await.unwrap();
-                    assert_eq!(String::from_utf8_lossy(&heard), String::from_utf8_lossy(&expected));
-                }
-            }
-        }
+        play(&mut stream, turns).await;
         let mut rest = Vec::new();
         stream.read_to_end(&mut rest).await.expect("the client ends in good order");
         rest
@@ -356,8 +360,8 @@ async fn programs() {
     assert_eq!(left.count(), 0, "nothing of it goes on");
 }
 
-#[tokio::test]
-async fn tls_is_believed_or_not_asked_about() {
+/// A server's TLS as `db.example`, and its certificate in PEM.
+fn tls_server() -> (TlsAcceptor, String) {
     let rcgen::CertifiedKey { cert, signing_key } =
         rcgen::generate_simple_self_signed(vec!["db.example".to_owned()]).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -368,7 +372,12 @@ async fn tls_is_believed_or_not_asked_about() {
         .with_no_client_auth()
         .with_single_cert(vec![cert.der().clone()], key)
         .unwrap();
-    let acceptor = TlsAcceptor::from(Arc::new(server));
+    (TlsAcceptor::from(Arc::new(server)), cert.pem())
+}
+
+#[tokio::test]
+async fn tls_is_believed_or_not_asked_about() {
+    let (acceptor, cert) = tls_server();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -383,11 +392,12 @@ async fn tls_is_believed_or_not_asked_about() {
         }
     });
     let folder = std::env::temp_dir().join(format!("trimtab-checks-ca-{}", std::process::id()));
-    std::fs::write(&folder, cert.pem()).unwrap();
+    std::fs::write(&folder, cert).unwrap();
     let of = |verify, server_name: Option<&str>, ca| TlsConfig {
         server_name: server_name.map(str::to_owned),
         verify,
         ca,
+        starttls: false,
     };
     let ask = async |dialogue, tls| ended(CheckConfig { tls: Some(tls), ..config(dialogue) }, address).await;
     let said = ask(Dialogue::Ftp, of(true, Some("db.example"), Some(folder.clone()))).await.said();
@@ -401,4 +411,116 @@ async fn tls_is_believed_or_not_asked_about() {
     assert!(
         Check::new(CheckConfig { tls: Some(of(true, None, Some(folder))), ..config(Dialogue::Tls) }).is_err()
     );
+}
+
+/// Runs a dialogue that goes over to TLS against a server that says and hears this in clear, and then that within; or `None`: the
+/// client must not begin TLS. Gives what came of it.
+async fn go_over(dialogue: Dialogue, clear: Vec<Turn>, within: Option<Vec<Turn>>) -> Outcome {
+    let (acceptor, _) = tls_server();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        play(&mut stream, clear).await;
+        let mut rest = Vec::new();
+        let Some(turns) = within else {
+            stream.read_to_end(&mut rest).await.expect("the client ends in good order");
+            return rest;
+        };
+        let mut stream = acceptor.accept(stream).await.expect("a handshake");
+        play(&mut stream, turns).await;
+        // An end without close_notify would be an error here.
+        stream.read_to_end(&mut rest).await.expect("close_notify");
+        rest
+    });
+    let tls = TlsConfig { verify: false, starttls: true, ..TlsConfig::default() };
+    let outcome = ended(CheckConfig { tls: Some(tls), ..config(dialogue) }, address).await;
+    assert_eq!(String::from_utf8_lossy(&serving.await.unwrap()), "", "nothing behind the goodbye");
+    outcome
+}
+
+const EHLO: &[u8] = b"EHLO [127.0.0.1]\r\n";
+const OFFERED: &[u8] = b"250-mail.example\r\n250-HELP\r\n250 StartTLS\r\n";
+const STREAM: &[u8] = b"<?xml version='1.0'?><stream:stream to='a.example' version='1.0' xml:lang='en' \
+    xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams'>";
+const FEATURES: &[u8] = b"<?xml version='1.0'?><stream:stream><stream:features>\
+    <starttls xmlns='urn:ietf:params:xml:ns:xmpp-tls'/></stream:features>";
+const START: &[u8] = b"<starttls xmlns='urn:ietf:params:xml:ns:xmpp-tls'/>";
+
+fn xmpp() -> Dialogue {
+    Dialogue::Xmpp(Xmpp { domain: "a.example".into(), stream: StreamKind::Client })
+}
+
+#[tokio::test]
+async fn dialogues_go_over_to_tls_and_end_in_good_order() {
+    let clear = vec![
+        Say(b"220 mail.example\r\n"),
+        hear(EHLO),
+        Say(OFFERED),
+        hear(b"STARTTLS\r\n"),
+        Say(b"220 go ahead\r\n"),
+    ];
+    let within = vec![hear(EHLO), Say(b"250 mail.example\r\n"), hear(b"QUIT\r\n"), Say(b"221 Bye\r\n")];
+    let outcome = go_over(Dialogue::Smtp(Smtp::default()), clear, Some(within)).await;
+    assert_eq!((outcome.verdict(), outcome.said().as_str()), (Verdict::Passed, "220 mail.example"));
+
+    let clear = vec![Say(b"220 files\r\n"), hear(b"AUTH TLS\r\n"), Say(b"234 go ahead\r\n")];
+    let within = vec![hear(b"QUIT\r\n"), Say(b"221 Bye\r\n")];
+    assert_eq!(go_over(Dialogue::Ftp, clear, Some(within)).await.said(), "220 files");
+
+    let clear = vec![hear(STREAM), Say(FEATURES), hear(START), Say(b"<proceed xmlns='x'/>")];
+    let within = vec![
+        hear(STREAM),
+        Say(b"<stream:stream><stream:features/>"),
+        hear(b"</stream:stream>"),
+        Say(b"</stream:stream>"),
+    ];
+    assert_eq!(go_over(xmpp(), clear, Some(within)).await.verdict(), Verdict::Passed);
+    // Who takes TLS and then says that he is not well.
+    let clear = vec![hear(STREAM), Say(FEATURES), hear(START), Say(b"<proceed xmlns='x'/>")];
+    let error = b"<stream:stream><stream:error><host-unknown/></stream:error>";
+    let within = vec![hear(STREAM), Say(error), hear(b"</stream:stream>")];
+    assert_eq!(go_over(xmpp(), clear, Some(within)).await.said(), "stream error: host-unknown");
+}
+
+/// Somebody between who adds to what is said in clear is believed in nothing: neither in what he adds behind the word that begins TLS,
+/// nor in that there is none.
+#[tokio::test]
+async fn nothing_said_in_clear_is_taken_for_what_is_said_within_tls() {
+    const INJECTED: &str = "it said something in clear before TLS began";
+    let smtp = |last: &'static [u8]| {
+        vec![Say(b"220 mail.example\r\n"), hear(EHLO), Say(OFFERED), hear(b"STARTTLS\r\n"), Say(last)]
+    };
+    let last = b"220 go ahead\r\n250 all is well\r\n";
+    let outcome = go_over(Dialogue::Smtp(Smtp::default()), smtp(last), None).await;
+    assert_eq!((outcome.verdict(), outcome.said().as_str()), (Verdict::Failed, INJECTED));
+    let ftp = vec![Say(b"220 files\r\n"), hear(b"AUTH TLS\r\n"), Say(b"234 go ahead\r\n221 all is well\r\n")];
+    assert_eq!(go_over(Dialogue::Ftp, ftp, None).await.said(), INJECTED);
+    let stream = b"<proceed xmlns='x'/><stream:stream><stream:features/>";
+    let turns = vec![hear(STREAM), Say(FEATURES), hear(START), Say(stream)];
+    assert_eq!(go_over(xmpp(), turns, None).await.said(), INJECTED);
+
+    // Nor do checks do without: they leave in the words of the protocol.
+    let silent = vec![
+        Say(b"220 mail.example\r\n"),
+        hear(EHLO),
+        Say(b"250-mail.example\r\n250 HELP\r\n"),
+        hear(b"QUIT\r\n"),
+    ];
+    let outcome = go_over(Dialogue::Smtp(Smtp::default()), silent, None).await;
+    assert_eq!((outcome.verdict(), outcome.said().as_str()), (Verdict::Failed, "it offers no STARTTLS"));
+    let mut busy = smtp(b"454 not now\r\n");
+    busy.push(hear(b"QUIT\r\n"));
+    assert_eq!(
+        go_over(Dialogue::Smtp(Smtp::default()), busy, None).await.said(),
+        "it says 454 not now, not 220"
+    );
+    let ftp = vec![Say(b"220 files\r\n"), hear(b"AUTH TLS\r\n"), Say(b"500 what?\r\n"), hear(b"QUIT\r\n")];
+    assert_eq!(go_over(Dialogue::Ftp, ftp, None).await.said(), "it says 500 what?, not 234");
+    let features = b"<stream:stream><stream:features/>";
+    let turns = vec![hear(STREAM), Say(features), hear(b"</stream:stream>")];
+    assert_eq!(go_over(xmpp(), turns, None).await.said(), "it offers no STARTTLS");
+    let failure = b"<failure xmlns='x'/></stream:stream>";
+    let turns = vec![hear(STREAM), Say(FEATURES), hear(START), Say(failure), hear(b"</stream:stream>")];
+    assert_eq!(go_over(xmpp(), turns, None).await.said(), "it offers STARTTLS, and refuses it");
 }

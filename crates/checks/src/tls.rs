@@ -12,7 +12,8 @@ use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::wire::Duplex;
+use crate::Failure;
+use crate::wire::{Duplex, Wire};
 
 /// How TLS is spoken.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,11 +25,30 @@ pub struct TlsConfig {
     pub verify: bool,
     /// A PEM file of authorities that are believed beside the system's.
     pub ca: Option<PathBuf>,
+    /// Whether it is asked for in the protocol, where that has a word for it ([`crate::Dialogue::has_starttls`]), and does not begin
+    /// at once.
+    pub starttls: bool,
 }
 
 impl Default for TlsConfig {
     fn default() -> Self {
-        Self { server_name: None, verify: true, ca: None }
+        Self { server_name: None, verify: true, ca: None, starttls: false }
+    }
+}
+
+/// TLS that begins when both have said so in clear (STARTTLS).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Later<'a> {
+    pub(crate) tls: &'a Tls,
+    pub(crate) target: IpAddr,
+}
+
+impl Later<'_> {
+    /// The server has said yes.
+    pub(crate) async fn begin(self, wire: &mut Wire) -> Result<(), Failure> {
+        // In clear nothing more may be said, not even goodbye.
+        wire.part_with(b"");
+        wire.secure(self.tls, self.target, false).await
     }
 }
 
@@ -52,7 +72,7 @@ impl Tls {
     /// # Errors
     /// When their file has none.
     pub fn new(config: TlsConfig) -> Result<Self, fetch::CaError> {
-        let TlsConfig { server_name, verify, ca } = config;
+        let TlsConfig { server_name, verify, ca, starttls: _ } = config;
         Ok(Self {
             server_name: server_name.and_then(|name| ServerName::try_from(name).ok()),
             verify,

@@ -36,7 +36,7 @@ impl Wire {
     }
 
     /// Puts TLS on it. What came in clear before must have been read: it would be believed to have come within (the injection of
-    /// CVE-2021-23214).
+    /// CVE-2021-23222; into servers, CVE-2011-0411).
     pub(crate) async fn secure(&mut self, tls: &Tls, target: IpAddr, h2: bool) -> Result<(), Failure> {
         if !self.unread.is_empty() {
             return Err(Failure::Answer("it said something in clear before TLS began".to_owned()));

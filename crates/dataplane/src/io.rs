@@ -89,6 +89,11 @@ pub(crate) trait Io: Sized {
         self.poll_writable(file, token)
     }
 
+    /// Completes with `POLLERR` in its result when the connection has an error: RST, or what amounts to it. It may complete with
+    /// other events before, also more than once, and goes on until it is cancelled or says that it does not. The error stays the
+    /// socket's: a receive or send is still told.
+    fn poll_error(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError>;
+
     /// Cancels what was submitted with `target`. That still completes, with `ECANCELED` or as if never cancelled.
     fn cancel(&mut self, target: Token) -> Result<(), EnterError>;
 
@@ -203,6 +208,10 @@ impl Io for Ring {
 
     fn poll_room(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
         self.poll_room(file, token)
+    }
+
+    fn poll_error(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.poll_error(file, token)
     }
 
     fn cancel(&mut self, target: Token) -> Result<(), EnterError> {

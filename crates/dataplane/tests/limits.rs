@@ -284,6 +284,31 @@ fn whoever_leaves_makes_room_for_those_behind() {
     proxy.finish();
 }
 
+/// One that has said more than the flow takes is not read any more, and is known to have left all the same.
+#[test]
+fn whoever_waits_held_back_and_resets_makes_room_too() {
+    let proxy = Proxy::start(table(1, &[("r0", echo("r0"))], 1), queue(1, PATIENCE), |config| {
+        config.listeners[0].tcp.options.receive_buffer = Some(64 * 1024);
+    });
+    let mut first = proxy.client();
+    assert_eq!(served_by(&mut first), "r0");
+    let mut eager = proxy.client();
+    eager.set_nonblocking(true).unwrap();
+    let mut last_taken = Instant::now();
+    while last_taken.elapsed() < Duration::from_millis(200) {
+        if eager.write(&[7; 64 * 1024]).is_ok() {
+            last_taken = Instant::now();
+        }
+    }
+    assert_eq!(proxy.snapshot().flows_waiting, 1);
+    SockRef::from(&eager).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(eager);
+    eventually("it has left", || proxy.snapshot().flows_waiting == 0);
+    assert_eq!(of(&proxy.snapshot().flows_closed, "client_reset"), 1);
+    drop(first);
+    proxy.finish();
+}
+
 #[test]
 fn room_in_a_new_table_or_at_another_worker_is_found() {
     let (one, two) = (("r0", echo("r0")), ("r1", echo("r1")));

@@ -27,6 +27,10 @@
 //!   Open --Eof--> Eof, bytes queued --queue empty--> Passed      (SHUT_WR on the target only when nothing is pending)
 //! ```
 //!
+//! A half whose source is not read, because its target is slow, is **held back**. Nothing would tell of its source's reset
+//! then, so the source is watched ([`Output::Watch`]) from the first time on that it is held back. Its FIN may wait: what came
+//! before it does too.
+//!
 //! Invariants: bytes leave a half in the order in which they came; at most one send is in flight for each half; FIN is
 //! passed on only after the last byte; every buffer handed in by [`Input::Received`] is handed back once by
 //! [`Output::Release`]; after [`Output::Closed`] nothing but releases comes.
@@ -136,6 +140,12 @@ pub enum Input {
     /// [`Output::PollRead`]: the source has bytes, its end, or an error.
     Readable {
         /// On which side.
+        from: Side,
+    },
+    /// [`Output::Watch`]: the source has sent RST, or there was an error that amounts to it. What came before can still be
+    /// received.
+    Reset {
+        /// By which side.
         from: Side,
     },
     /// [`Output::Inspect`] was done.
@@ -286,6 +296,12 @@ pub enum Output {
     PollWrite {
         /// On which side.
         to: Side,
+    },
+    /// Say [`Input::Reset`] if the source resets, from now on until the end; nothing else reads from it for a while. Once said, it
+    /// may be said again any number of times, and is to be done once.
+    Watch {
+        /// Which side.
+        from: Side,
     },
     /// Pass FIN on: `shutdown(SHUT_WR)`.
     Shutdown {
@@ -667,6 +683,7 @@ impl Flow {
                     out.push(Output::Fill { from });
                 }
             }
+            Input::Reset { from } => self.was_reset(from, now, chunks, out),
             Input::Inspected(found) => self.inspected(found, now, chunks, out),
             Input::Filled { from, bytes, end } => self.filled(from, bytes, end, now, tuning, chunks, out),
             Input::Writable { to } => {
@@ -794,7 +811,10 @@ impl Flow {
                 self.read_on(from, tuning, out);
             }
             // What it has queued will bring it back here.
-            RecvEnd::NoBuffers if !half.queue.is_empty() => half.recv = Recv::Idle,
+            RecvEnd::NoBuffers if !half.queue.is_empty() => {
+                half.recv = Recv::Idle;
+                self.hold_back(from, out);
+            }
             // It asked for a further buffer and holds none any more: it may have a first one.
             RecvEnd::NoBuffers if matches!(half.shots, Shots::Once { further: true, .. }) => {
                 half.recv = Recv::Idle;
@@ -803,6 +823,7 @@ impl Flow {
             RecvEnd::NoBuffers => {
                 half.recv = Recv::AwaitingBuffers;
                 out.push(Output::AwaitBuffers { from });
+                self.hold_back(from, out);
             }
             RecvEnd::Eof | RecvEnd::Reset => {
                 half.recv = Recv::Ended;
@@ -874,6 +895,15 @@ impl Flow {
             Phase::Dying { dead } if dead != to => self.close(reset_by(dead), chunks, out),
             Phase::Dying { .. } => self.drop_queue(from, chunks, out),
             _ => self.die(to, now, chunks, out),
+        }
+    }
+
+    /// `from` sent RST while it was held back, or the receive that is armed again is about to say so too.
+    fn was_reset(&mut self, from: Side, now: Timestamp, chunks: &mut Chunks, out: &mut Outputs) {
+        match self.phase {
+            Phase::Connecting | Phase::Waiting => self.close(CloseReason::ClientReset, chunks, out),
+            Phase::Open => self.die(from, now, chunks, out),
+            Phase::Preface { .. } | Phase::Dying { .. } | Phase::Closed => {}
         }
     }
 
@@ -980,6 +1010,8 @@ impl Flow {
                 half.mode = Mode::Spliced { short_fills: 0 };
                 half.recv = Recv::Spliced;
                 out.extend([Output::Splice { from }, Output::Fill { from }]);
+            } else {
+                self.hold_back(from, out);
             }
             return;
         }
@@ -989,6 +1021,16 @@ impl Flow {
         };
         if room {
             self.arm(from, out);
+        } else {
+            self.hold_back(from, out);
+        }
+    }
+
+    /// Nothing reads from this side until its target has taken something.
+    fn hold_back(&self, from: Side, out: &mut Outputs) {
+        // A flow that dies does so for [`FLUSH`] at most.
+        if !matches!(self.phase, Phase::Dying { .. }) {
+            out.push(Output::Watch { from });
         }
     }
 
@@ -1057,6 +1099,9 @@ impl Flow {
         }
         if blocked {
             out.push(Output::PollWrite { to });
+            if self.halves[from.index()].recv != Recv::Ended {
+                self.hold_back(from, out);
+            }
         } else {
             self.pipe_empty(from, tuning, chunks, out);
         }
@@ -1323,7 +1368,8 @@ mod tests {
         assert_eq!(b.step(received(Client, 7)), [Output::CancelRecv { from: Client }]);
         // A multishot receive may have had more bytes on their way.
         b.step(received(Client, 8));
-        assert_eq!(b.step(Input::RecvEnded { from: Client, why: RecvEnd::Cancelled }), []);
+        let out = b.step(Input::RecvEnded { from: Client, why: RecvEnd::Cancelled });
+        assert_eq!(out, [Output::Watch { from: Client }], "nothing else tells of its reset now");
         b.step(Input::Sent { to: Backend, bytes: 100 });
         // From now on, one buffer at a time: the bound holds exactly.
         let out = b.step(Input::Sent { to: Backend, bytes: 100 });
@@ -1333,7 +1379,45 @@ mod tests {
             "one place is free: {out:?}"
         );
         let one = Input::Received { from: Client, chunk: chunk(9), armed: false };
-        assert_eq!(b.step(one), [], "it is taken");
+        assert_eq!(b.step(one), [Output::Watch { from: Client }], "it is taken");
+    }
+
+    #[test]
+    fn a_reset_by_whom_is_held_back_ends_the_flow() {
+        let held_back = || {
+            let mut b = Bench::open();
+            (0..8).for_each(|n| drop(b.step(received(Client, n))));
+            b.step(Input::RecvEnded { from: Client, why: RecvEnd::Cancelled });
+            b
+        };
+        // The backend takes nothing: it is reset when it had its time.
+        let mut b = held_back();
+        assert_eq!(b.step(Input::Reset { from: Client }), [Output::CancelRecv { from: Backend }]);
+        let deadline = b.flow.deadline(&b.tuning);
+        assert_eq!(deadline, NOW + FLUSH);
+        assert_eq!(b.step_at(Input::Deadline, deadline).last(), Some(&closed(CloseReason::ClientReset)));
+        // It reads on: it gets all that came before the reset, also what the kernel still had.
+        let mut b = held_back();
+        b.step(Input::Reset { from: Client });
+        let out = b.step(Input::Sent { to: Backend, bytes: 100 });
+        assert_eq!(out.last(), Some(&Output::Recv { from: Client, shot: Shot::Further }));
+        assert_eq!(b.step(Input::Reset { from: Client }), [], "it is known");
+        assert_eq!(b.step(Input::Received { from: Client, chunk: chunk(9), armed: false }), []);
+        for _ in 0..7 {
+            b.step(Input::Sent { to: Backend, bytes: 100 });
+        }
+        b.step(Input::RecvEnded { from: Client, why: RecvEnd::Reset });
+        let out = b.step(Input::Sent { to: Backend, bytes: 100 });
+        assert_eq!(out.last(), Some(&closed(CloseReason::ClientReset)));
+    }
+
+    #[test]
+    fn a_client_that_resets_while_it_waits_held_back_leaves() {
+        let mut b = waiting();
+        (0..8).for_each(|n| drop(b.step(received(Client, n))));
+        let out = b.step(Input::RecvEnded { from: Client, why: RecvEnd::Cancelled });
+        assert_eq!(out, [Output::Watch { from: Client }]);
+        assert_eq!(b.step(Input::Reset { from: Client }).last(), Some(&closed(CloseReason::ClientReset)));
     }
 
     #[test]
@@ -1475,13 +1559,14 @@ mod tests {
         let none = Input::RecvEnded { from: Client, why: RecvEnd::NoBuffers };
         let recv = |shot| Output::Recv { from: Client, shot };
         assert_eq!(b.step(none), [recv(Shot::First)], "of the other group first");
-        assert_eq!(b.step(none), [Output::AwaitBuffers { from: Client }]);
+        let watch = Output::Watch { from: Client };
+        assert_eq!(b.step(none), [Output::AwaitBuffers { from: Client }, watch]);
         assert_eq!(b.step(Input::BuffersBack { from: Client }), [recv(Shot::First)]);
         assert_eq!(b.step(Input::BuffersBack { from: Client }), [], "it is armed");
         // With something queued it asks for further ones, and does not wait for them.
         let one = Input::Received { from: Client, chunk: chunk(0), armed: false };
         assert_eq!(b.step(one).last(), Some(&recv(Shot::Further)));
-        assert_eq!(b.step(none), []);
+        assert_eq!(b.step(none), [watch]);
         assert_eq!(b.step(Input::Sent { to: Backend, bytes: 100 }).last(), Some(&recv(Shot::First)));
         // And if it holds none any more when it is told that there is none, it may have a first one.
         assert_eq!(b.step(one).last(), Some(&recv(Shot::Further)));
@@ -1525,7 +1610,7 @@ mod tests {
         let mut b = spliced();
         assert_eq!(b.step(filled(1_000_000, FillEnd::Blocked)), [Output::Flush { to: Backend }]);
         let out = b.step(Input::Flushed { to: Backend, bytes: 400_000, failed: false });
-        assert_eq!(out, [Output::PollWrite { to: Backend }]);
+        assert_eq!(out, [Output::PollWrite { to: Backend }, Output::Watch { from: Client }]);
         assert_eq!(b.step(Input::Writable { to: Backend }), [Output::Flush { to: Backend }]);
         let out = b.step(Input::Flushed { to: Backend, bytes: 600_000, failed: false });
         assert_eq!(out, [Output::PollRead { from: Client }]);

@@ -16,13 +16,15 @@ fn every_order_of_completions_keeps_the_promises() {
         return;
     }
     let mut seen = std::collections::BTreeMap::new();
-    let mut spliced = 0;
+    let (mut spliced, mut told) = (0, 0);
     for seed in 0..SEEDS {
-        let (reason, spliced_bytes) = World::new(seed, Entropy::of_seed(seed), false).run();
+        let (reason, spliced_bytes, resets_told) = World::new(seed, Entropy::of_seed(seed), false).run();
         *seen.entry(reason).or_insert(0) += 1;
         spliced += u64::from(spliced_bytes > 0);
+        told += u64::from(resets_told > 0);
     }
     assert!(spliced > SEEDS / 20, "{spliced} of {SEEDS} flows were spliced");
+    assert!(told > SEEDS / 50, "in {told} of {SEEDS} flows a reset was told by a watch");
     // The sweep is worth something only if it gets everywhere a flow can end by itself.
     for reason in CloseReason::ALL {
         let reachable = reason != CloseReason::Exhausted;

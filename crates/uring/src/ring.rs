@@ -392,6 +392,14 @@ impl Ring {
         self.push(&opcode::PollAdd::new(fd(file), libc::POLLOUT as u32).multi(true).build(), token)
     }
 
+    /// Completes with `POLLERR` in its result when the connection has an error: it was reset, or is taken for dead. Before that it
+    /// may complete with other events (the peer's FIN, and that both have sent one), each time that something changes; until
+    /// cancelled. The error is left to the next receive or send.
+    pub fn poll_error(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        // Errors and hang-ups are always told; what may be read or written is no reason to wake anybody here.
+        self.push(&opcode::PollAdd::new(fd(file), 0).multi(true).build(), token)
+    }
+
     fn poll(&mut self, file: BorrowedFd<'_>, events: libc::c_short, token: Token) -> Result<(), EnterError> {
         self.push(&opcode::PollAdd::new(fd(file), events as u32).build(), token)
     }

@@ -24,6 +24,10 @@ pub enum Op {
     WritableClient,
     /// Poll for room towards the backend.
     WritableBackend,
+    /// Poll for an error of the client's connection.
+    WatchClient,
+    /// Poll for an error of the backend's connection.
+    WatchBackend,
     /// A cancel that failed; successful ones complete silently.
     Cancel,
     /// A close that failed; successful ones complete silently.
@@ -41,7 +45,7 @@ pub enum Op {
 }
 
 impl Op {
-    const ALL: [Self; 17] = [
+    const ALL: [Self; 19] = [
         Self::Accept,
         Self::Connect,
         Self::RecvClient,
@@ -52,6 +56,8 @@ impl Op {
         Self::ReadableBackend,
         Self::WritableClient,
         Self::WritableBackend,
+        Self::WatchClient,
+        Self::WatchBackend,
         Self::Cancel,
         Self::Close,
         Self::Wake,

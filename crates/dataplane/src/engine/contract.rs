@@ -5,6 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use uring::{Completion, Group, Op, Ring, Setup, Token, Wait};
@@ -227,6 +228,78 @@ fn polls_look_at_what_is_there<I: Io>() {
     assert!(bench.next(Op::ReadableClient).result > 0, "an end is news too");
 }
 
+fn errors_are_waited_for_alone<I: Io>() {
+    let is_error = |completion: &Completion| {
+        let events = u16::try_from(completion.result).map(PollFlags::from_bits_retain);
+        events.is_ok_and(|events| events.contains(PollFlags::ERR))
+    };
+    // Bytes and FIN are none: neither the peer's, nor one of each side, nor with bytes that nobody has read.
+    for both in [false, true] {
+        let mut bench = Bench::<I>::new();
+        bench.io.grow(Group::First, 8);
+        let (ours, mut peer) = pair();
+        bench.io.poll_error(ours.as_fd(), token(Op::WatchClient)).unwrap();
+        bench.nothing(Op::WatchClient);
+        peer.write_all(b"trim").unwrap();
+        bench.nothing(Op::WatchClient);
+        peer.shutdown(std::net::Shutdown::Write).unwrap();
+        if both {
+            rustix::net::shutdown(&ours, rustix::net::Shutdown::Write).unwrap();
+        }
+        (0..10).for_each(|_| bench.turn());
+        let told: Vec<_> = std::mem::take(&mut bench.seen);
+        assert!(told.len() <= 4 && told.iter().all(|c| c.more && !is_error(c)), "{told:?}");
+        if both {
+            bench.io.cancel(token(Op::WatchClient)).unwrap();
+            let ended = bench.next(Op::WatchClient);
+            assert_eq!((ended.result, ended.more), (-Errno::CANCELED.raw_os_error(), false));
+            bench.io.close(ours).unwrap();
+            continue;
+        }
+        sockopt::set_socket_linger(&peer, Some(Duration::ZERO)).unwrap();
+        drop(peer);
+        while !is_error(&bench.next(Op::WatchClient)) {}
+        // It took nothing away: the bytes are there. (After them the kernel tells of the FIN, which came first.)
+        bench.io.recv_once(ours.as_fd(), Group::First, token(Op::RecvClient)).unwrap();
+        let received = bench.next(Op::RecvClient);
+        assert_eq!(received.result, 4);
+        bench.io.release(received.buffer.unwrap());
+        bench.io.cancel(token(Op::WatchClient)).unwrap();
+        bench.io.close(ours).unwrap();
+    }
+    // One that was there before is told at once, beside other polls, and to the receive that follows.
+    let mut bench = Bench::<I>::new();
+    let (ours, peer) = pair();
+    sockopt::set_socket_linger(&peer, Some(Duration::ZERO)).unwrap();
+    drop(peer);
+    bench.io.poll_room(ours.as_fd(), token(Op::WritableClient)).unwrap();
+    bench.io.poll_error(ours.as_fd(), token(Op::WatchClient)).unwrap();
+    assert!(is_error(&bench.next(Op::WatchClient)));
+    assert!(bench.next(Op::WritableClient).result > 0);
+    bench.io.grow(Group::First, 8);
+    bench.io.recv_once(ours.as_fd(), Group::First, token(Op::RecvClient)).unwrap();
+    assert_eq!(bench.next(Op::RecvClient).result, -Errno::CONNRESET.raw_os_error());
+}
+
+/// Room towards a peer that has sent its FIN, which is no news.
+fn room_is_waited_for_after_a_fin<I: Io>() {
+    let mut bench = Bench::<I>::new();
+    let (ours, mut peer) = pair();
+    peer.shutdown(std::net::Shutdown::Write).unwrap();
+    rustix::io::ioctl_fionbio(&ours, true).unwrap();
+    let mut sent = 0;
+    while let Ok(bytes) = rustix::net::send(&ours, &[7; 64 * 1_024], rustix::net::SendFlags::NOSIGNAL) {
+        sent += bytes;
+    }
+    bench.io.poll_room(ours.as_fd(), token(Op::WritableClient)).unwrap();
+    (0..10).for_each(|_| bench.turn());
+    let has_room = |completion: &Completion| completion.result & i32::from(PollFlags::OUT.bits()) != 0;
+    let told = std::mem::take(&mut bench.seen);
+    assert!(told.len() <= 2 && told.iter().all(|c| c.more && !has_room(c)), "{told:?}");
+    peer.read_exact(&mut vec![0; sent]).unwrap();
+    while !has_room(&bench.next(Op::WritableClient)) {}
+}
+
 fn without_a_buffer_a_receive_says_so_and_loses_nothing<I: Io>() {
     let mut bench = Bench::<I>::new();
     let (ours, mut peer) = pair();
@@ -271,6 +344,8 @@ macro_rules! contract {
                 closing_after_a_cancel_reaches_the_peer,
                 a_send_goes_out_whole_however_slowly_it_is_read,
                 polls_look_at_what_is_there,
+                errors_are_waited_for_alone,
+                room_is_waited_for_after_a_fin,
                 more_operations_than_fit_in_a_queue_all_complete,
                 without_a_buffer_a_receive_says_so_and_loses_nothing
             );

@@ -57,6 +57,8 @@ struct Source {
     file: Lent,
     read: Option<Read>,
     write: Option<Write>,
+    /// Who is told of an error.
+    watch: Option<Token>,
     /// There may be something to read.
     readable: bool,
     /// The peer's FIN or an error has been seen: a short read is not yet the last one.
@@ -85,7 +87,16 @@ enum Write {
 
 impl Source {
     const fn new(file: Lent) -> Self {
-        Self { file, read: None, write: None, readable: false, ending: false, blocked: false, queued: false }
+        Self {
+            file,
+            read: None,
+            write: None,
+            watch: None,
+            readable: false,
+            ending: false,
+            blocked: false,
+            queued: false,
+        }
     }
 
     fn can_go_on(&self) -> bool {
@@ -181,6 +192,11 @@ impl Epoll {
         let read = source.read.take_if(|read| readable && matches!(read, Read::Poll(_)));
         let write =
             source.write.take_if(|write| writable && matches!(write, Write::Poll(_) | Write::Connect(_)));
+        let watch = source.watch.take_if(|_| flags.contains(EventFlags::ERR));
+        if let Some(token) = watch {
+            self.places.remove(&token);
+            self.complete(token, result, false);
+        }
         if let Some(Read::Poll(token)) = read {
             self.places.remove(&token);
             self.complete(token, result, false);
@@ -286,6 +302,11 @@ impl Epoll {
 
     fn cancel_read(&mut self, read: Read) {
         let token = read.token();
+        self.places.remove(&token);
+        self.failed(token, Errno::CANCELED);
+    }
+
+    fn cancel_watch(&mut self, token: Token) {
         self.places.remove(&token);
         self.failed(token, Errno::CANCELED);
     }
@@ -455,12 +476,29 @@ impl Io for Epoll {
         Ok(())
     }
 
+    fn poll_error(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        if self.look_again(file, token) {
+            match self.source(file) {
+                Ok(source) => {
+                    source.watch = Some(token);
+                    self.in_flight(file, token);
+                }
+                Err(error) => self.failed(token, error),
+            }
+        }
+        Ok(())
+    }
+
     fn cancel(&mut self, target: Token) -> Result<(), EnterError> {
         let Some(source) = self.places.get(&target).and_then(|fd| self.sources.get_mut(fd)) else {
             return Ok(()); // It has completed.
         };
         let read = source.read.take_if(|read| read.token() == target);
         let write = source.write.take_if(|write| write.token() == target);
+        let watch = source.watch.take_if(|watch| *watch == target);
+        if let Some(token) = watch {
+            self.cancel_watch(token);
+        }
         if let Some(read) = read {
             self.cancel_read(read);
         }
@@ -472,7 +510,8 @@ impl Io for Epoll {
 
     fn close(&mut self, file: OwnedFd) -> Result<(), EnterError> {
         // Closing its only descriptor takes a file out of epoll.
-        if let Some(Source { read, write, .. }) = self.sources.remove(&file.as_raw_fd()) {
+        if let Some(Source { read, write, watch, .. }) = self.sources.remove(&file.as_raw_fd()) {
+            watch.into_iter().for_each(|token| self.cancel_watch(token));
             read.into_iter().for_each(|read| self.cancel_read(read));
             write.into_iter().for_each(|write| self.cancel_write(write));
         }

@@ -10,6 +10,7 @@ pub(crate) use tokio_uring::TokioUring;
 
 use crate::run::StartError;
 
+mod aside;
 #[cfg(test)]
 mod contract;
 mod epoll;

@@ -14,7 +14,9 @@
 //! * a receive or send that is in the kernel when it is cancelled completes as if it had not been: with its bytes, or when
 //!   its socket is closed. No byte is lost that way, and the worker counts on no more ([`Io::cancel`]);
 //! * a socket that is closed with operations in the kernel is aborted first (`connect(AF_UNSPEC)`, RST, where its owner asked
-//!   for RST by `SO_LINGER`; `shutdown(2)` else), which wakes them, and closed when the last has ended.
+//!   for RST by `SO_LINGER`; `shutdown(2)` else), which wakes them, and closed when the last has ended;
+//! * who waits for room towards a peer that has sent its FIN, or for an error alone, does so in an epoll beside the ring, whose
+//!   descriptor the ring polls.
 //!
 //! One future is polled for each [`Io::enter`]: it submits what is queued and waits for the first completion.
 
@@ -26,7 +28,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{Shutdown, sockopt};
@@ -37,6 +39,7 @@ use uring::{
     Token, Wait,
 };
 
+use super::aside::{Aside, For};
 use super::readiness::{Mix, Turn, accept, begin_connect, receive_datagrams, send_datagrams};
 use crate::io::Io;
 
@@ -63,18 +66,17 @@ struct State {
     files: HashMap<RawFd, Busy, BuildHasherDefault<Mix>>,
     pool: BufferPool,
     done: Vec<Completion>,
-    /// Polls for room that rest, see [`ROOM_REST`]; few at any time, the oldest first.
-    resting: VecDeque<(Instant, Token)>,
+    /// Who waits for what the ring's polls cannot: they end with a FIN that has come, and those that go on all the same
+    /// (multishot) are not tokio-uring's.
+    aside: Aside,
+    /// It is being polled, which goes on from the first who waits there.
+    aside_polled: bool,
     /// Operations submitted to the ring's queue, how many of them the kernel has for sure, and how many fit.
     submitted: u64,
     handed_over: u64,
     queue_size: u64,
     enters: u64,
 }
-
-/// How long a poll for room towards a peer that has sent its FIN takes. io_uring ends any poll at once with a FIN that has come,
-/// whatever it waits for, and polls that go on all the same (multishot) are not tokio-uring's.
-const ROOM_REST: Duration = Duration::from_millis(10);
 
 /// A place for an operation, and its waker, which outlives it.
 struct Slot {
@@ -112,6 +114,8 @@ enum Kind {
     },
     Readable,
     Writable,
+    /// A poll of [`State::aside`], again and again.
+    Aside,
     /// Free buffers become the kernel's.
     Provide {
         first: u16,
@@ -210,7 +214,7 @@ impl State {
     }
 
     fn complete(&mut self, token: Token, result: i32) {
-        self.done.push(Completion { token, result, more: false, buffer: None, socket: None });
+        self.done.push(completion(token, result));
     }
 
     /// Submits what is queued and waits for a completion, `limit` at most.
@@ -285,7 +289,9 @@ impl State {
         }
         let Some(file) = operation.file.as_ref().map(AsFd::as_fd) else { return };
         let described = match operation.kind {
-            Kind::Accept | Kind::Datagrams { .. } | Kind::Readable => oneshot::poll_readable(file),
+            Kind::Accept | Kind::Datagrams { .. } | Kind::Readable | Kind::Aside => {
+                oneshot::poll_readable(file)
+            }
             Kind::Connect | Kind::Writable => oneshot::poll_writable(file),
             Kind::RecvMany => oneshot::recv(&self.pool, file, Group::Shared),
             Kind::RecvOnce(group) => oneshot::recv(&self.pool, file, group),
@@ -322,7 +328,7 @@ impl State {
 
     /// An operation has left the kernel.
     fn landed(&mut self, slot: u32, outcome: &Outcome) {
-        let Self { slots, pool, done, handed_over, .. } = self;
+        let Self { slots, pool, done, handed_over, aside, .. } = self;
         let Some(operation) = &mut slots[slot as usize].operation else { return };
         operation.flight = None;
         // All that was submitted before it went with it.
@@ -336,6 +342,10 @@ impl State {
                     pool.provide_failed(first, count); // They are offered again at the next turn.
                 }
                 Next::Over
+            }
+            (_, Kind::Aside, _) => {
+                aside.look(|token, result| done.push(completion(token, result)));
+                Next::Again
             }
             (Some(token), Kind::Accept, Some(listener)) => match accept(listener, token, done) {
                 Turn::Wait | Turn::More => Next::Again,
@@ -382,11 +392,21 @@ impl State {
         }
     }
 
-    /// Ends polls for room that have rested: whether there is some, the next send finds out.
-    fn wake_rested(&mut self) {
-        let now = Instant::now();
-        while let Some((_, token)) = self.resting.pop_front_if(|(until, _)| *until <= now) {
-            self.complete(token, 0);
+    /// Waits beside the ring.
+    fn wait_aside(&mut self, file: BorrowedFd<'_>, what: For, token: Token) {
+        if let Err(error) = self.aside.wait(file, what, token) {
+            return self.complete(token, -error.raw_os_error());
+        }
+        if !std::mem::replace(&mut self.aside_polled, true) {
+            let slot = self.occupy(Operation {
+                token: None,
+                file: Some(Lent::new(self.aside.file())),
+                kind: Kind::Aside,
+                cancelled: false,
+                number: 0,
+                flight: None,
+            });
+            self.queued.push_back(slot);
         }
     }
 
@@ -404,6 +424,10 @@ impl State {
         }
         token
     }
+}
+
+const fn completion(token: Token, result: i32) -> Completion {
+    Completion { token, result, more: false, buffer: None, socket: None }
 }
 
 /// Hands an operation to the runtime's ring; the kernel gets it when the thread sleeps.
@@ -430,6 +454,7 @@ impl Io for TokioUring {
         builder.entries(setup.submissions).uring_builder(&ring);
         let runtime = Runtime::new(&builder).map_err(SetupError::at("io_uring_setup"))?;
         let pool = BufferPool::listed(&setup).map_err(SetupError::at("reserving memory for buffers"))?;
+        let aside = Aside::new().map_err(|error| SetupError::at("epoll_create1")(error.into()))?;
         let state = State {
             slots: Vec::new(),
             free: Vec::new(),
@@ -439,7 +464,8 @@ impl Io for TokioUring {
             files: HashMap::default(),
             pool,
             done: Vec::new(),
-            resting: VecDeque::new(),
+            aside,
+            aside_polled: false,
             submitted: 0,
             handed_over: 0,
             queue_size: u64::from(setup.submissions),
@@ -529,15 +555,19 @@ impl Io for TokioUring {
         Ok(())
     }
 
-    fn poll_room(&mut self, _: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
-        self.state.resting.push_back((Instant::now() + ROOM_REST, token));
+    fn poll_room(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.state.wait_aside(file, For::Room, token);
+        Ok(())
+    }
+
+    fn poll_error(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {
+        self.state.wait_aside(file, For::Error, token);
         Ok(())
     }
 
     fn cancel(&mut self, target: Token) -> Result<(), EnterError> {
         let state = &mut self.state;
-        if let Some(place) = state.resting.iter().position(|(_, token)| *token == target) {
-            state.resting.remove(place);
+        if state.aside.cancel(target) {
             state.complete(target, -Errno::CANCELED.raw_os_error());
             return Ok(());
         }
@@ -578,14 +608,7 @@ impl Io for TokioUring {
             Wait::For(limit) => Some(limit.min(SLEEP_MAX)),
             Wait::Forever => None,
         };
-        let rested =
-            self.state.resting.front().map(|(until, _)| until.saturating_duration_since(Instant::now()));
-        let limit = match (limit, rested) {
-            (Some(limit), Some(rested)) => Some(limit.min(rested.max(HAND_OVER))),
-            (limit, rested) => limit.or(rested),
-        };
         self.runtime.block_on(self.state.turn(limit));
-        self.state.wake_rested();
         Ok(())
     }
 

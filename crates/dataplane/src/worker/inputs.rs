@@ -131,8 +131,15 @@ impl<I: Io> Worker<I> {
             return Ok(None);
         }
         let sends = std::mem::take(&mut slot.awaits_room[to as usize]);
-        // However a poll ends, what follows finds out what is the matter: the rest is sent again, or spliced.
-        Ok(Some(if sends { Input::Sent { to, bytes: 0 } } else { Input::Writable { to } }))
+        // Where the kernel has no memory to wait with, asking again would go on and on.
+        let failed = completion.result < 0 && completion.result != -Errno::CANCELED.raw_os_error();
+        // However it ended else, what follows finds out what is the matter: the rest is sent again, or spliced.
+        Ok(Some(match (sends, failed) {
+            (true, false) => Input::Sent { to, bytes: 0 },
+            (true, true) => Input::SendFailed { to },
+            (false, false) => Input::Writable { to },
+            (false, true) => Input::Flushed { to, bytes: 0, failed: true },
+        }))
     }
 
     pub(super) fn count_bytes(&mut self, index: u32, to: Side, bytes: u64) {
@@ -209,6 +216,13 @@ fn is_fin_alone(result: i32) -> bool {
     let Ok(events) = u16::try_from(result) else { return false };
     let events = PollFlags::from_bits_retain(events);
     events.contains(PollFlags::RDHUP) && !events.intersects(PollFlags::OUT | PollFlags::ERR | PollFlags::HUP)
+}
+
+/// What a poll for errors says of the side. A FIN is no reason to end anything, nor are two (`POLLHUP`): bytes may still wait
+/// before them.
+pub(super) fn watch_input(from: Side, result: i32) -> Option<Input> {
+    let events = PollFlags::from_bits_retain(u16::try_from(result).ok()?);
+    events.contains(PollFlags::ERR).then_some(Input::Reset { from })
 }
 
 /// Why a connect failed, by its negated errno.

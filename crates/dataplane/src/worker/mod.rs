@@ -33,6 +33,7 @@ use crate::slots::Slots;
 use crate::stats::{Stats, WorkerStats};
 use crate::towards::Towards;
 use admit::Gate;
+use inputs::watch_input;
 use peaks::Peaks;
 use preface::Prefaces;
 use queue::Room;
@@ -320,6 +321,8 @@ impl<I: Io> Worker<I> {
             Op::ReadableBackend => Some(Input::Readable { from: Side::Backend }),
             Op::WritableClient => self.writable_input(index, Side::Client, completion)?,
             Op::WritableBackend => self.writable_input(index, Side::Backend, completion)?,
+            Op::WatchClient => watch_input(Side::Client, completion.result),
+            Op::WatchBackend => watch_input(Side::Backend, completion.result),
             Op::Accept
             | Op::Wake
             | Op::Cancel
@@ -412,7 +415,7 @@ fn make_ring<I: Io>(buffers_max: u32, datagrams_max: u32) -> Result<I, SetupErro
 }
 
 /// The operations of flows.
-const FLOW_OPS: [Op; 9] = [
+const FLOW_OPS: [Op; 11] = [
     Op::Connect,
     Op::RecvClient,
     Op::RecvBackend,
@@ -422,6 +425,8 @@ const FLOW_OPS: [Op; 9] = [
     Op::ReadableBackend,
     Op::WritableClient,
     Op::WritableBackend,
+    Op::WatchClient,
+    Op::WatchBackend,
 ];
 
 const fn bit(op: Op) -> u16 {
@@ -446,6 +451,13 @@ const fn writable_op(to: Side) -> Op {
     match to {
         Side::Client => Op::WritableClient,
         Side::Backend => Op::WritableBackend,
+    }
+}
+
+const fn watch_op(from: Side) -> Op {
+    match from {
+        Side::Client => Op::WatchClient,
+        Side::Backend => Op::WatchBackend,
     }
 }
 

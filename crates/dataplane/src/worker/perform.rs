@@ -7,7 +7,7 @@ use rustix::net::{Shutdown, sockopt};
 use uring::{EnterError, Group, Op, Token};
 
 use super::slot::{FlowSlot, Nodelay};
-use super::{BUFFERS_MORE, Worker, bit, readable_op, recv_op, send_op, writable_op};
+use super::{BUFFERS_MORE, Worker, bit, readable_op, recv_op, send_op, watch_op, writable_op};
 use crate::io::Io;
 use crate::stats::ListenerStats;
 use crate::tcp;
@@ -67,6 +67,7 @@ impl<I: Io> Worker<I> {
             }
             Output::PollRead { from } => self.submit(index, from, readable_op(from), I::poll_readable),
             Output::PollWrite { to } => self.submit(index, to, writable_op(to), I::poll_writable),
+            Output::Watch { from } => self.watch(index, from),
             Output::Shutdown { to } => {
                 if let Some(socket) = self.socket(index, to) {
                     // Fails when the peer has reset the connection, which its receive will say.
@@ -97,6 +98,16 @@ impl<I: Io> Worker<I> {
             self.ring.grow(group, BUFFERS_MORE);
         }
         self.submit(index, from, recv_op(from), |ring, socket, token| ring.recv_once(socket, group, token))
+    }
+
+    /// From the first time on that a side is not read, until the flow's end: a poll that waits for errors alone costs nothing while
+    /// there is none, while to arm and to cancel it would cost twice for each buffer that a slow reader takes.
+    fn watch(&mut self, index: u32, from: Side) -> Result<(), EnterError> {
+        let is_watched = |slot: &FlowSlot| slot.in_flight & bit(watch_op(from)) != 0;
+        if self.flows.get(index).is_none_or(is_watched) {
+            return Ok(());
+        }
+        self.submit(index, from, watch_op(from), I::poll_error)
     }
 
     /// A first segment is never held back; from the second on, Nagle's algorithm must be off. A flow of one request is

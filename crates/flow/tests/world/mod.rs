@@ -5,6 +5,8 @@
 //! of bytes in, FIN comes after the last byte, one send is in flight at most, nothing but releases follows the end. At
 //! the end: every buffer is back.
 //!
+//! Whoever is not read is watched: at any time the watch may say that a peer has reset, whatever is still to be read from it.
+//!
 //! Some clients have a preface: the shell looks at their first bytes where the kernel keeps them and takes some off; of all
 //! others each must arrive.
 //!
@@ -49,6 +51,7 @@ struct Peer {
     pipe: Option<u64>,
     poll_read: bool,
     poll_write: bool,
+    watched: bool,
 }
 
 /// What of a client's first bytes is looked at.
@@ -120,6 +123,7 @@ pub(crate) struct World {
     /// What the shell did at once and has still to tell.
     answers: VecDeque<Input>,
     spliced_bytes: u64,
+    resets_told: u32,
     verbose: bool,
 }
 
@@ -150,6 +154,7 @@ impl World {
             pipe: None,
             poll_read: false,
             poll_write: false,
+            watched: false,
         };
         let peers = [peer(), peer()];
         let needs = below(80);
@@ -176,6 +181,7 @@ impl World {
             closed: None,
             answers: VecDeque::new(),
             spliced_bytes: 0,
+            resets_told: 0,
             verbose,
         };
         world.obey(&out);
@@ -269,6 +275,12 @@ impl World {
                     let peer = &mut self.peers[to as usize];
                     assert!(!peer.poll_write, "seed {seed}: two polls of {to:?}");
                     peer.poll_write = true;
+                }
+                Output::Watch { from } => {
+                    let peer = &mut self.peers[from as usize];
+                    let is_read = matches!(peer.recv, Armed::Yes(_) | Armed::Cancelling(_)) || peer.poll_read;
+                    assert!(!is_read && !peer.end_seen, "seed {seed}: {from:?} is watched and read");
+                    peer.watched = true;
                 }
                 Output::Shutdown { to } => {
                     let source = &self.peers[to.opposite() as usize];
@@ -408,8 +420,9 @@ impl World {
 
     /// One thing that can happen next, chosen by the seed. False when nothing can.
     fn step(&mut self) -> bool {
-        let start = self.below(13);
-        (0..13).any(|n| match (start + n) % 13 {
+        let start = self.below(14);
+        (0..14).any(|n| match (start + n) % 14 {
+            13 if self.closed.is_none() => self.tell_reset(),
             12 if self.waiting.is_some() && self.closed.is_none() => self.room(),
             10 => self.complete_poll(Side::Client, false) || self.complete_poll(Side::Backend, true),
             11 => self.complete_poll(Side::Backend, false) || self.complete_poll(Side::Client, true),
@@ -426,6 +439,33 @@ impl World {
             }
             _ => false,
         })
+    }
+
+    /// Whoever is watched may have reset.
+    fn tell_reset(&mut self) -> bool {
+        let has_reset = |side: &Side| self.peers[*side as usize].watched && self.peers[*side as usize].resets;
+        let Some(from) = Side::BOTH.into_iter().find(has_reset).filter(|_| self.below(8) == 0) else {
+            return false;
+        };
+        self.resets_told += 1;
+        self.give(Input::Reset { from });
+        true
+    }
+
+    /// Nobody who may still send is left alone: it is read, or a poll or a watch tells of its end.
+    fn check_watched(&self) {
+        let seed = self.seed;
+        let sides: &[Side] = match () {
+            () if self.closed.is_some() || self.preface.is_some() => &[],
+            () if self.flow.is_open() => &Side::BOTH,
+            () if self.waiting.is_some() || self.connecting => &[Side::Client],
+            () => &[], // It dies.
+        };
+        for side in sides {
+            let peer = &self.peers[*side as usize];
+            let is_read = matches!(peer.recv, Armed::Yes(_) | Armed::Cancelling(_)) || peer.poll_read;
+            assert!(is_read || peer.watched || peer.end_seen, "seed {seed}: nobody looks after {side:?}");
+        }
     }
 
     fn complete_connect(&mut self) -> bool {
@@ -541,12 +581,13 @@ impl World {
         true
     }
 
-    /// To its end: why it ended, and how many bytes were spliced.
-    pub(crate) fn run(mut self) -> (CloseReason, u64) {
+    /// To its end: why it ended, how many bytes were spliced, and how often a watch told of a reset.
+    pub(crate) fn run(mut self) -> (CloseReason, u64, u32) {
         for _ in 0..STEPS_MAX {
             if !self.step() {
                 break;
             }
+            self.check_watched();
         }
         let seed = self.seed;
         let reason = self.closed.unwrap_or_else(|| panic!("seed {seed}: the flow never ended"));
@@ -554,6 +595,6 @@ impl World {
         let free: usize = self.free.iter().map(VecDeque::len).sum();
         assert_eq!(free, usize::from(BUFFERS), "seed {seed}: buffers leaked");
         assert_eq!(self.flow.deadline(&self.tuning), Timestamp::NEVER, "seed {seed}");
-        (reason, self.spliced_bytes)
+        (reason, self.spliced_bytes, self.resets_told)
     }
 }

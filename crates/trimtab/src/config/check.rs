@@ -97,6 +97,18 @@ pub(super) fn read(mut section: Section<'_, '_>) -> Option<CheckConfig> {
         section.reader().report(at, problem.clone());
     }
     let dialogue = dialogue.and_then(Result::ok);
+    if let (Some(dialogue), Some(TlsConfig { starttls: true, .. })) = (&dialogue, &tls)
+        && !dialogue.has_starttls()
+    {
+        let hint = match dialogue {
+            Dialogue::PostgreSql(_) | Dialogue::MySql(_) => {
+                "remove it: TLS is always asked for in its own protocol"
+            }
+            _ => "remove it, and TLS begins at once; STARTTLS is for smtp, ftp, xmpp",
+        };
+        let message = format!("`pool.check.tls.starttls` does nothing for the kind \"{}\"", dialogue.kind());
+        section.reader().report(at, Problem::new(message, hint));
+    }
     if let (Some(Dialogue::Dns(DnsQuery { transport: Transport::Udp, .. })), Some(_)) = (&dialogue, &tls) {
         let hint = "write transport = \"tcp\" for DNS over TLS, or remove [pool.check.tls]";
         section.reader().report(at, Problem::new("there is no DNS over TLS by datagrams", hint));
@@ -139,6 +151,7 @@ fn read_tls(mut section: Section<'_, '_>) -> Option<TlsConfig> {
         server_name: section.value("server_name", text(server_name)).map(Spanned::into_inner),
         verify: or(section.value("verify", boolean), default.verify),
         ca: section.value("ca", text(|path| Ok::<_, Problem>(path.into()))).map(Spanned::into_inner),
+        starttls: or(section.value("starttls", boolean), default.starttls),
     };
     section.finish(&[]);
     is_there.then_some(tls)

@@ -1173,6 +1173,10 @@ fn how_pools_are_checked() {
     let checks::Dialogue::SendExpect(texts) = check.dialogue else { panic!("{:?}", check.dialogue) };
     assert_eq!((texts.send, texts.expect), (b"PING\r\n".to_vec(), vec![0]));
     assert_eq!(check.tls.map(|tls| (tls.verify, tls.server_name)), Some((false, Some("a.b".into()))));
+    for (kind, starttls) in [("smtp", true), ("ftp", false), ("xmpp\"\ndomain = \"a.b", true)] {
+        let check = of(&format!("kind = \"{kind}\"\n[pool.check.tls]\nstarttls = {starttls}"));
+        assert_eq!(check.expect("a good check").tls.map(|tls| tls.starttls), Some(starttls));
+    }
     for kind in ["tls", "postgresql", "redis", "smtp", "ftp", "http", "grpc"] {
         assert_eq!(of(&format!("kind = \"{kind}\"")).expect(kind).dialogue.kind(), kind);
     }
@@ -1194,6 +1198,11 @@ fn how_pools_are_checked() {
         ("kind = \"mysql\"", "CREATE USER"),
         ("kind = \"dns\"\nname = \"a..b\"", "f:5:8: error: `pool.check.name`: \"a..b\" is no DNS name"),
         ("kind = \"dns\"\nname = \"a\"\n[pool.check.tls]", "there is no DNS over TLS by datagrams"),
+        (
+            "kind = \"redis\"\n[pool.check.tls]\nstarttls = true",
+            "f:3:1: error: `pool.check.tls.starttls` does nothing for the kind \"redis\"",
+        ),
+        ("kind = \"postgresql\"\n[pool.check.tls]\nstarttls = true", "asked for in its own protocol"),
         ("kind = \"send_expect\"", "`pool.check.expect` is missing"),
         ("kind = \"udp\"\nsend = '\\q'", "there is no escape"),
         (
