@@ -352,6 +352,27 @@ fn dig_by(mut dig: Command, server: SocketAddr, name: &str, kind: &str) -> Vec<S
     lines
 }
 
+/// What dnsperf counted: queries sent, answered, lost; with at most 200 at once from 40 sockets.
+///
+/// # Panics
+/// When dnsperf is not installed, or counts nothing.
+#[track_caller]
+pub fn dnsperf(at: SocketAddr, seconds: &str) -> [u64; 3] {
+    let folder = TempDir::new().expect("a temporary folder");
+    let queries = folder.path().join("queries");
+    std::fs::write(&queries, format!("ns1.{ZONE} A\ntaken.{ZONE} A\n{ZONE} SOA\n")).expect("our own folder");
+    let (ip, port) = (at.ip().to_string(), at.port().to_string());
+    let mut command = Command::new("dnsperf");
+    command.args(["-s", &ip, "-p", &port, "-c", "40", "-q", "200", "-l", seconds, "-d"]).arg(&queries);
+    let text = run(&mut command);
+    let count = |label: &str| {
+        let line = text.lines().find(|line| line.trim_start().starts_with(label));
+        let number = line.and_then(|line| line.split_once(':')?.1.split_whitespace().next()?.parse().ok());
+        number.unwrap_or_else(|| panic!("no {label:?} in {text}"))
+    };
+    [count("Queries sent"), count("Queries completed"), count("Queries lost")]
+}
+
 #[track_caller]
 fn run(command: &mut Command) -> String {
     let output = command.stderr(Stdio::piped()).output();

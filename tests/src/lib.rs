@@ -32,7 +32,7 @@ mod wait;
 
 pub use address::loopback;
 pub use busy::{Cgroup, write_utilization, write_whole};
-pub use dns::{DnsKind, DnsServer, ZONE, dig, section as dns_section};
+pub use dns::{DnsKind, DnsServer, ZONE, dig, dnsperf, section as dns_section};
 pub use docker::{Docker, IMAGE, IMAGE_PORT};
 pub use http::{HttpAnswer, get};
 pub use lab::{Lab, Member, POOL};

@@ -6,8 +6,9 @@ use std::net::{Shutdown, SocketAddr};
 use std::process::Command;
 
 use e2e::{
-    Backend, Balancer, BalancerConfig, Docker, IMAGE, Manners, PATIENCE, PgBench, Postgres, Process, Proxy,
-    Psql, Sandbox, Service, ask, check_stream, connect, loopback, send_stream, until,
+    Backend, Balancer, BalancerConfig, DnsKind, DnsServer, Docker, IMAGE, Manners, PATIENCE, PgBench,
+    Postgres, Process, Proxy, Psql, Sandbox, Service, ZONE, ask, check_stream, connect, dig, dnsperf,
+    loopback, send_stream, until,
 };
 use tempfile::TempDir;
 
@@ -50,6 +51,8 @@ fn serves_real_clients(engine: &str) {
     redis(engine);
     bulk(engine);
     half_close(engine);
+    resolver(engine);
+    iperf3(engine);
 }
 
 fn start(engine: &str, backend: SocketAddr) -> Proxy {
@@ -139,6 +142,70 @@ fn half_close(engine: &str) {
     check_stream(&mut client, 2, 8 * MIB).expect("all of it comes");
     assert_eq!(client.read(&mut [0; 1]).expect("a FIN"), 0);
     drop(client);
+    proxy.stop(PATIENCE);
+}
+
+/// Connections and datagrams at one address.
+fn start_both(engine: &str, backend: SocketAddr, further: &[&str]) -> Proxy {
+    let at = loopback();
+    let udp = format!("udp://{at}");
+    let mut arguments = vec!["--engine", engine, "--workers", "1", "--listen", &udp];
+    arguments.extend(further);
+    Proxy::start_at(at, &[backend], &arguments)
+}
+
+/// Queries over both protocols, and as many as a resolver manages.
+fn resolver(engine: &str) {
+    let server = DnsServer::start(DnsKind::Bind);
+    let mut proxy = start_both(engine, server.address(), &["--udp-responses", "1", "--drain-timeout", "1s"]);
+    let at = proxy.listener();
+    assert_eq!(dig(at, &format!("taken.{ZONE}"), "A"), ["192.0.2.7"]);
+    // BIND's own socket may overflow where the machine is busy with something else.
+    let [sent, completed, lost] = dnsperf(at, "2");
+    println!("dnsperf, {engine}: {sent} sent, {completed} answered, {lost} lost");
+    assert!(completed > 1_000 && lost * 1_000 <= sent, "{sent} sent, {completed} answered, {lost} lost");
+    no_kernel_workers(&mut proxy);
+    proxy.stop(PATIENCE);
+}
+
+/// Its control connection and its datagrams share a port.
+fn iperf3(engine: &str) {
+    let address = loopback();
+    let (ip, port) = (address.ip().to_string(), address.port().to_string());
+    let mut server = Command::new("setpriv");
+    server.args(["--pdeathsig", "KILL", "--", "iperf3", "-s", "-B", &ip, "-p", &port, "--forceflush"]);
+    let mut server = Process::start("iperf3", &mut server);
+    server.wait_for_line(PATIENCE, |line| line.contains("Server listening").then_some(()));
+    let mut proxy = start_both(engine, address, &["--drain-timeout", "1s"]);
+    let at = proxy.listener();
+    let (ip, port) = (at.ip().to_string(), at.port().to_string());
+    let run = |arguments: &[&str]| -> serde_json::Value {
+        let mut command = Command::new("iperf3");
+        command.args(["-c", &ip, "-p", &port, "-J"]).args(arguments);
+        let output = command.output();
+        let output = output.unwrap_or_else(|error| panic!("iperf3: {error}; run `cargo xtask install`"));
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
+            panic!(
+                "{error}: {}{}",
+                String::from_utf8_lossy(&output.stdout),
+                String::from_utf8_lossy(&output.stderr)
+            )
+        })
+    };
+    for direction in [&[][..], &["-R"]] {
+        let report = run(&[&["-u", "-b", "50M", "-t", "2", "-l", "1200"], direction].concat());
+        let sum = &report["end"]["sum"];
+        let packets = sum["packets"].as_u64().unwrap_or(0);
+        let lost = sum["lost_packets"].as_i64().unwrap_or(-1);
+        println!("iperf3, {engine}, datagrams {direction:?}: {packets}, {lost} lost");
+        assert!(packets > 2_000 && (0..=(packets / 20) as i64).contains(&lost), "{report}");
+        // Its end is told on another connection: what is still on its way then, iperf3 does not count.
+        let report = run(&[&["-n", "256M", "-P", "4"], direction].concat());
+        let received = report["end"]["sum_received"]["bytes"].as_u64().unwrap_or(0);
+        println!("iperf3, {engine}, bytes {direction:?}: {received}");
+        assert!(received >= 128 * MIB, "{report}");
+    }
+    no_kernel_workers(&mut proxy);
     proxy.stop(PATIENCE);
 }
 

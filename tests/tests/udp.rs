@@ -1,14 +1,10 @@
 //! Datagrams through the binary: real resolvers and their clients, and a flood that fills the path.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::UdpSocket;
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
 
-use e2e::{
-    Balancer, BalancerConfig, DnsKind, DnsServer, PATIENCE, POOL, Process, ZONE, dig, trimtab_command, until,
-};
-use rustix::process::Signal;
+use e2e::{Balancer, BalancerConfig, DnsKind, DnsServer, PATIENCE, POOL, Process, ZONE, dig, dnsperf, until};
 
 /// A listener of datagrams at the address of the one of connections.
 fn with_datagrams(lines: &str) -> BalancerConfig {
@@ -18,38 +14,6 @@ fn with_datagrams(lines: &str) -> BalancerConfig {
         config.listener
     );
     config
-}
-
-/// What dnsperf counted: queries sent, answered, lost.
-fn dnsperf(at: SocketAddr, seconds: &str) -> [u64; 3] {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let queries = folder.path().join("queries");
-    std::fs::write(&queries, format!("ns1.{ZONE} A\ntaken.{ZONE} A\n{ZONE} SOA\n")).expect("our own folder");
-    let output = Command::new("dnsperf")
-        .args([
-            "-s",
-            &at.ip().to_string(),
-            "-p",
-            &at.port().to_string(),
-            "-c",
-            "40",
-            "-q",
-            "200",
-            "-l",
-            seconds,
-        ])
-        .arg("-d")
-        .arg(&queries)
-        .output()
-        .unwrap_or_else(|error| panic!("dnsperf: {error}; run `cargo xtask install`"));
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let count = |label: &str| {
-        let line = text.lines().find(|line| line.trim_start().starts_with(label));
-        let number = line.and_then(|line| line.split_once(':')?.1.split_whitespace().next()?.parse().ok());
-        number
-            .unwrap_or_else(|| panic!("no {label:?} in {text}\n{}", String::from_utf8_lossy(&output.stderr)))
-    };
-    [count("Queries sent"), count("Queries completed"), count("Queries lost")]
 }
 
 #[test]
@@ -122,72 +86,4 @@ fn a_service_without_connections_registers_and_is_served() {
     }
     let explained = balancer.admin(&["explain", POOL]);
     assert!(explained.contains("echo"), "{explained}");
-}
-
-#[test]
-fn iperf3_goes_through_both_ways() {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port").local_addr().expect("bound");
-    let mut server = Command::new("setpriv");
-    server.args([
-        "--pdeathsig",
-        "KILL",
-        "--",
-        "iperf3",
-        "-s",
-        "-B",
-        "127.0.0.1",
-        "-p",
-        &port.port().to_string(),
-    ]);
-    let mut server = Process::start("iperf3", server.arg("--forceflush"));
-    server.wait_for_line(PATIENCE, |line| line.contains("Server listening").then_some(()));
-    // Its control connection and its datagrams share a port.
-    let listen =
-        std::net::TcpListener::bind("127.0.0.1:0").expect("a free port").local_addr().expect("bound");
-    let [tcp, udp] = ["tcp", "udp"].map(|scheme| format!("{scheme}://{listen}"));
-    let to = port.to_string();
-    let mut command = trimtab_command(&[
-        "proxy",
-        "--workers",
-        "1",
-        "--drain-timeout",
-        "1s",
-        "--listen",
-        &tcp,
-        "--listen",
-        &udp,
-        "--to",
-        &to,
-    ]);
-    let mut proxy = Process::start("proxy", &mut command);
-    proxy.wait_for_line(PATIENCE, |line| (line == "ready").then_some(()));
-    for direction in [&[][..], &["-R"]] {
-        let output = Command::new("iperf3")
-            .args([
-                "-c",
-                "127.0.0.1",
-                "-p",
-                &listen.port().to_string(),
-                "-u",
-                "-b",
-                "50M",
-                "-t",
-                "2",
-                "-l",
-                "1200",
-                "-J",
-            ])
-            .args(direction)
-            .output()
-            .unwrap_or_else(|error| panic!("iperf3: {error}; run `cargo xtask install`"));
-        let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
-        let sum = &report["end"]["sum"];
-        let (packets, lost) =
-            (sum["packets"].as_u64().unwrap_or(0), sum["lost_packets"].as_i64().unwrap_or(-1));
-        println!("iperf3 {direction:?}: {packets} datagrams, {lost} lost");
-        assert!(packets > 2_000 && (0..=(packets / 20) as i64).contains(&lost), "{report}");
-    }
-    proxy.signal(Signal::TERM);
-    let (ended, _) = proxy.wait(Duration::from_secs(40));
-    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
 }
