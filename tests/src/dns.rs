@@ -360,7 +360,7 @@ fn dig_by(mut dig: Command, server: SocketAddr, name: &str, kind: &str) -> Vec<S
 pub fn dnsperf(at: SocketAddr, seconds: &str) -> [u64; 3] {
     let folder = TempDir::new().expect("a temporary folder");
     let queries = folder.path().join("queries");
-    std::fs::write(&queries, format!("ns1.{ZONE} A\ntaken.{ZONE} A\n{ZONE} SOA\n")).expect("our own folder");
+    fs::write(&queries, format!("ns1.{ZONE} A\ntaken.{ZONE} A\n{ZONE} SOA\n")).expect("our own folder");
     let (ip, port) = (at.ip().to_string(), at.port().to_string());
     let mut command = Command::new("dnsperf");
     command.args(["-s", &ip, "-p", &port, "-c", "40", "-q", "200", "-l", seconds, "-d"]).arg(&queries);
