@@ -460,24 +460,26 @@ fn a_backend_that_does_not_answer_a_request_for_tls_is_given_up_in_time() {
 
 #[test]
 fn a_range_of_ports_is_one_listener() {
-    // Three ports in a row that are free now; somebody may take one before us.
+    // Three free ports in a row, at an address of this process alone: nobody else takes one of them meanwhile.
+    let [.., high, low] = std::process::id().to_be_bytes();
+    let host = std::net::Ipv4Addr::new(127, 112, high, low);
     let (first, config) = loop {
-        let probe = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let probe = TcpListener::bind((host, 0)).unwrap().local_addr().unwrap().port();
         if probe > 65_000 {
             continue;
         }
-        let mut config = listener(&format!("127.0.0.1:{probe}"), &[named("default")]);
+        let mut config = listener(&format!("{host}:{probe}"), &[named("default")]);
         config.last_port = Some(probe + 2);
         let upper = Route { ports: Some(probe + 1..=probe + 2), ..Route::default() };
         let config = with_routes(config, vec![(upper, named("upper"))]);
-        if (probe..=probe + 2).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()) {
+        if (probe..=probe + 2).all(|port| TcpListener::bind((host, port)).is_ok()) {
             break (probe, config);
         }
     };
     let proxy = Proxy::start(config);
-    assert_eq!(proxy.snapshot().name, format!("tcp://127.0.0.1:{first}-{}", first + 2));
+    assert_eq!(proxy.snapshot().name, format!("tcp://{host}:{first}-{}", first + 2));
     for (port, want) in [(first, "default"), (first + 1, "upper"), (first + 2, "upper")] {
-        assert_eq!(read_all(connect(SocketAddr::from(([127, 0, 0, 1], port)))), want.as_bytes());
+        assert_eq!(read_all(connect(SocketAddr::from((host, port)))), want.as_bytes());
     }
     assert_eq!(proxy.snapshot().flows_opened, 3);
     proxy.finish();
