@@ -13,7 +13,8 @@ use flow::preface::hello::{self, Hello};
 use flow::preface::proxy::{self, Accepts, Outgoing, Transport};
 use flow::preface::{Facts, GRANTED, Look, PREFACE_MAX, Preface, Progress, Route, Routes, Wants};
 use flow::udp::{
-    CID_MAX, Cid, Cids, Expiry, Flows, Header, Refusal, ServerIdForm, ServerIds, Tuning, Tuple, source_cid,
+    CID_MAX, Cid, Cids, Expiry, Flows, Header, NONCE_MIN, Refusal, ServerIdForm, ServerIdKeys, ServerIds, Tuning, Tuple,
+    source_cid,
 };
 
 #[path = "../../crates/flow/tests/world/mod.rs"]
@@ -183,9 +184,12 @@ pub fn quic(bytes: &[u8]) {
     }
     let backends =
         [(1, "0a0b0c", "10.0.0.1:443"), (2, "0d0e0f", "10.0.0.2:443"), (3, "000102", "[2001:db8::1]:443")];
+    let mut keys = ServerIdKeys::new(NONCE_MIN + first / 16);
+    keys.insert(first % 8, [first; 16]);
+    let keys = (first >= 128).then(|| Arc::new(keys));
     for form in [ServerIdForm::Ipv4, ServerIdForm::Ipv4Port, ServerIdForm::Id(1 + first % 15)] {
         let backends = backends.iter().map(|(name, id, at)| (*name, *id, at.parse().expect("an address")));
-        let found: Option<i32> = ServerIds::new(form, backends).find(packet);
+        let found: Option<i32> = ServerIds::new(form, keys.clone(), backends).find(packet);
         assert!(found.is_none_or(|name| (1..=3).contains(&name)) && (found.is_none() || header.is_some()));
     }
     // A bounded memory: what is learned last is found, and forgotten is forgotten.

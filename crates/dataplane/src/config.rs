@@ -1,12 +1,13 @@
 //! What the dataplane is told at its start. Values are parsed and checked by the binary; these are the checked ones.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use allocation::{PoolName, Publisher};
 use flow::preface::Route;
 use flow::preface::proxy::{Accepts, Version};
-pub use flow::udp::ServerIdForm;
+pub use flow::udp::{ServerIdForm, ServerIdKeys};
 use ipnet::IpNet;
 
 use crate::access::AccessLogConfig;
@@ -131,6 +132,8 @@ pub struct UdpConfig {
     pub quic: bool,
     /// How backends put their own id into IDs of connections, where they do.
     pub quic_server_id: Option<ServerIdForm>,
+    /// What they encrypt it with; `None`: it is in clear text.
+    pub quic_keys: Option<Arc<ServerIdKeys>>,
 }
 
 impl Default for UdpConfig {
@@ -142,6 +145,7 @@ impl Default for UdpConfig {
             flows_max: 0,
             quic: false,
             quic_server_id: None,
+            quic_keys: None,
         }
     }
 }

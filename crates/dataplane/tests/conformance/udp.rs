@@ -10,9 +10,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use aes::Aes128;
+use aes::cipher::{BlockCipherEncrypt, KeyInit};
 use allocation::telemetry::{DataplaneView, ListenerSnapshot};
 use allocation::{AllocationTable, Backend, LiveFacts, Members, Policy, Publisher};
-use dataplane::{Config, Dataplane, Engine, ListenerConfig, ServerIdForm, UdpConfig};
+use dataplane::{Config, Dataplane, Engine, ListenerConfig, ServerIdForm, ServerIdKeys, UdpConfig};
 
 use crate::common::{PATIENCE, engine_of, eventually};
 
@@ -573,6 +575,31 @@ fn a_quic_client_that_moves_under_a_new_id_is_found_by_the_server_id() {
     }
     // An id that nobody has is no reason not to serve.
     assert_eq!(ask(&proxy.client(), &[0x40, 0x07, 10, 9, 8, 7, 1, 1, 5, 5]).len(), 1);
+    proxy.finish();
+}
+
+#[test]
+fn a_server_id_that_is_encrypted_is_found_with_its_key() {
+    let backends: Vec<_> = (0..4).map(quic_server).collect();
+    let key = [0x5a; 16];
+    let proxy = Proxy::at(&any(), Policy::RoundRobin, &backends, 1, |udp| {
+        let mut keys = ServerIdKeys::new(10);
+        assert!(keys.insert(2, key));
+        udp.quic = true;
+        udp.quic_server_id = Some(ServerIdForm::Ipv4Port);
+        udp.quic_keys = Some(Arc::new(keys));
+    });
+    let cipher = Aes128::new(&key.into());
+    for (name, backend) in backends.iter().enumerate() {
+        for nonce in 0..5_u8 {
+            let port = backend.port().to_be_bytes();
+            let IpAddr::V4(ip) = backend.ip() else { unreachable!() };
+            let mut block = [0; 16];
+            block.copy_from_slice(&[&ip.octets()[..], &port, &[nonce; 10]].concat());
+            cipher.encrypt_block((&mut block).into());
+            assert_eq!(ask(&proxy.client(), &[&[0x40, 0x50][..], &block].concat()), [name as u8]);
+        }
+    }
     proxy.finish();
 }
 

@@ -13,11 +13,13 @@
 mod cids;
 mod flows;
 mod quic;
+mod quic_lb;
 mod train;
 mod tuple;
 
 pub use cids::Cids;
 pub use flows::{Answer, Expiry, Flows, Full, Refusal, Tuning};
 pub use quic::{CID_MAX, Cid, Header, ServerIdForm, ServerIds, source_cid};
+pub use quic_lb::{CONFIGS, NONCE_MIN, PLAINTEXT_MAX, ServerIdKeys};
 pub use train::{SEGMENTS_MAX, TRAIN_BYTES_MAX, Train};
 pub use tuple::Tuple;

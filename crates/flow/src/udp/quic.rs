@@ -6,6 +6,9 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use super::quic_lb::ServerIdKeys;
 
 /// Bytes of the longest connection ID of QUIC versions 1 and 2 (RFC 9000 section 17.2). RFC 8999 allows 255 in later ones;
 /// those are not followed.
@@ -74,8 +77,8 @@ pub fn source_cid(packet: &[u8]) -> Option<Cid> {
     }
 }
 
-/// How servers put their own id into the connection IDs that they choose: in clear text behind the first octet ("plaintext
-/// algorithm" of QUIC-LB), whose three highest bits are the number of the configuration.
+/// What servers put into the connection IDs that they choose, behind the first octet, whose three highest bits are the number of
+/// the configuration: in clear text, or encrypted ([`ServerIdKeys`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ServerIdForm {
     /// The backend's IPv4 address: 4 octets.
@@ -126,14 +129,19 @@ impl ServerIdForm {
 #[derive(Debug, Clone)]
 pub struct ServerIds<B> {
     form: ServerIdForm,
+    keys: Option<Arc<ServerIdKeys>>,
     backends: HashMap<Box<[u8]>, B>,
 }
 
 impl<B: Copy> ServerIds<B> {
-    /// Those of these backends (name, id, address) that have one.
-    pub fn new<'a>(form: ServerIdForm, backends: impl IntoIterator<Item = (B, &'a str, SocketAddr)>) -> Self {
+    /// Those of these backends (name, id, address) that have one. Without keys they are in clear text.
+    pub fn new<'a>(
+        form: ServerIdForm,
+        keys: Option<Arc<ServerIdKeys>>,
+        backends: impl IntoIterator<Item = (B, &'a str, SocketAddr)>,
+    ) -> Self {
         let entry = |(name, id, address)| Some((form.of(id, address)?.into(), name));
-        Self { form, backends: backends.into_iter().filter_map(entry).collect() }
+        Self { form, keys, backends: backends.into_iter().filter_map(entry).collect() }
     }
 
     /// The backend that a client's packet names, where it names one.
@@ -143,11 +151,16 @@ impl<B: Copy> ServerIds<B> {
             Header::Short(rest) => rest,
         };
         let (first, rest) = cid.split_first()?;
-        let server_id = rest.get(..self.form.octets())?;
-        if first >> 5 == UNROUTABLE {
+        let config = first >> 5;
+        if config == UNROUTABLE {
             return None;
         }
-        self.backends.get(server_id).copied()
+        let octets = self.form.octets();
+        match &self.keys {
+            None => self.backends.get(rest.get(..octets)?),
+            Some(keys) => self.backends.get(keys.open(config, rest, octets)?.get(..octets)?),
+        }
+        .copied()
     }
 }
 
@@ -200,7 +213,7 @@ mod tests {
             ]
         };
         let short = |cid: &[u8]| [&[0x41], cid, &[9; 20]].concat();
-        let by = |form| ServerIds::new(form, backends());
+        let by = |form| ServerIds::new(form, None, backends());
         assert_eq!(by(ServerIdForm::Ipv4).find(&short(&[0x07, 10, 0, 0, 2, 99])), Some(2));
         assert_eq!(by(ServerIdForm::Ipv4).find(&short(&[0x07, 10, 0, 0, 3, 99])), None);
         assert_eq!(by(ServerIdForm::Ipv4).find(&long(1, &[0x67, 10, 0, 0, 1, 5], &[])), Some(1));
@@ -212,11 +225,29 @@ mod tests {
         assert_eq!(by(ServerIdForm::Id(3)).find(&[0x41, 0x47, 0x0a]), None, "too short");
     }
 
+    #[test]
+    fn encrypted_server_ids_are_read_with_the_key_of_their_configuration() {
+        // Two of the draft's vectors (appendix B.2), as resources whose ids are three octets.
+        let backends = [(1, "ed793a", "10.0.0.1:443".parse().unwrap())];
+        let mut keys = ServerIdKeys::new(4);
+        let key = 0x8f95_f092_4576_5f80_2569_34e5_0c66_207f_u128;
+        assert!(keys.insert(0, key.to_be_bytes()) && keys.insert(1, [7; 16]));
+        let ids = ServerIds::new(ServerIdForm::Id(3), Some(Arc::new(keys)), backends);
+        let cid = [0x07, 0x20, 0xb1, 0xd0, 0x7b, 0x35, 0x9d, 0x3c];
+        let short = |first: u8| [&[0x41, first], &cid[1..], &[9; 20]].concat();
+        assert_eq!(ids.find(&short(0x07)), Some(1));
+        assert_eq!(ids.find(&long(1, &cid, &[])), Some(1));
+        assert_eq!(ids.find(&short(0x27)), None, "another key");
+        assert_eq!(ids.find(&short(0x47)), None, "a configuration without one");
+        assert_eq!(ids.find(&short(0xe7)), None, "said to be unroutable");
+        assert_eq!(ids.find(&long(1, &cid[..7], &[])), None, "too short");
+    }
+
     proptest! {
         #[test]
         fn nothing_panics(packet in prop::collection::vec(any::<u8>(), 0..80)) {
             let _ = (Header::parse(&packet), source_cid(&packet));
-            let ids = ServerIds::new(ServerIdForm::Ipv4Port, [((), "x", "10.0.0.1:443".parse().unwrap())]);
+            let ids = ServerIds::new(ServerIdForm::Ipv4Port, None, [((), "x", "10.0.0.1:443".parse().unwrap())]);
             let _ = ids.find(&packet);
         }
     }

@@ -153,6 +153,7 @@ fn listeners_of_datagrams() {
         flows_max: 3,
         quic: true,
         quic_server_id: Some(dataplane::ServerIdForm::Id(4)),
+        quic_keys: None,
     };
     assert_eq!(config.listeners[1].udp, expected);
     for (lines, expected) in [
@@ -182,6 +183,69 @@ fn listeners_of_datagrams() {
         ),
     ] {
         assert_eq!(errors(&file(lines)), format!("{expected}\n"), "for {lines}");
+    }
+}
+
+#[test]
+fn keys_of_server_ids() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("quic.keys");
+    let key = "8f95f09245765f80256934e50c66207f";
+    std::fs::write(&path, format!("# old\n0 {key}\n\n6\t00112233445566778899AABBCCDDEEFF # new\n")).unwrap();
+    let file = |form: &str, lines: &str| {
+        format!(
+            "[[pool]]\nname = \"q\"\n[[listener]]\nbind = \"udp://127.0.0.1:443\"\npool = \"q\"\n[listener.udp]\nquic = true\n\
+             {form}quic_keys_file = \"{}\"\n{lines}",
+            path.display()
+        )
+    };
+    let (ipv4, long) = ("quic_server_id = \"ipv4\"\n", "quic_server_id = \"id:15\"\n");
+    for (form, line, nonce) in
+        [(ipv4, "", 12), (ipv4, "quic_nonce = 4", 4), (long, "", 4), (ipv4, "quic_nonce = 0", 12)]
+    {
+        let config = Config::parse(file(form, line).as_bytes()).expect("a good file");
+        let mut keys = dataplane::ServerIdKeys::new(nonce);
+        keys.insert(0, 0x8f95_f092_4576_5f80_2569_34e5_0c66_207f_u128.to_be_bytes());
+        keys.insert(6, 0x0011_2233_4455_6677_8899_aabb_ccdd_eeff_u128.to_be_bytes());
+        assert_eq!(config.listeners[0].udp.quic_keys.as_deref(), Some(&keys), "{form}{line}");
+        assert!(!format!("{config:?}").contains("143, 149"), "a key is a secret");
+    }
+    for (form, line, expected) in [
+        (
+            "",
+            "",
+            "f:8:18: error: `listener.udp.quic_keys_file` without quic_server_id\n  hint: say what the server ids are: add \
+             quic_server_id = \"ipv4\"\n",
+        ),
+        (
+            ipv4,
+            "quic_nonce = 3",
+            "f:10:14: error: `listener.udp.quic_nonce`: 3 octets do not go with a server id of 4\n  hint: write what the servers \
+             have, from 4 to 15\n",
+        ),
+        (
+            long,
+            "quic_nonce = 5",
+            "f:10:14: error: `listener.udp.quic_nonce`: 5 octets do not go with a server id of 15\n  hint: write what the servers \
+             have, from 4 to 4\n",
+        ),
+    ] {
+        assert_eq!(errors(&file(form, line)), expected);
+    }
+    let hint = "a line is the number of a configuration, 0 to 6, and its key in 32 hexadecimal digits: \
+                \"0 00112233445566778899aabbccddeeff\"";
+    for (content, said) in [
+        ("# none\n".to_owned(), "there is no key in PATH"),
+        (format!("0 {key}\n0 {key}\n"), "PATH, line 2: configuration 0 has a key already"),
+        (format!("7 {key}"), "PATH, line 1: no configuration and key"),
+        (format!("0 {}", &key[1..]), "PATH, line 1: no configuration and key"),
+        (format!("0 +{}", &key[1..]), "PATH, line 1: no configuration and key"),
+        (key.to_owned(), "PATH, line 1: no configuration and key"),
+    ] {
+        std::fs::write(&path, content).unwrap();
+        let said = said.replace("PATH", &path.display().to_string());
+        let expected = format!("f:9:18: error: `listener.udp.quic_keys_file`: {said}\n  hint: {hint}\n");
+        assert_eq!(errors(&file(ipv4, "")), expected);
     }
 }
 

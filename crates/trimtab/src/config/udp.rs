@@ -1,8 +1,10 @@
 //! `[listener.udp]`: how a listener of datagrams keeps its flows.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use dataplane::{ServerIdForm, UdpConfig};
+use dataplane::{ServerIdForm, ServerIdKeys, UdpConfig};
+use toml::Spanned;
 
 use super::reader::{Section, boolean, integer, text};
 use super::{above_zero, or};
@@ -10,8 +12,12 @@ use crate::problem::Problem;
 
 /// What anybody could mean by answers to one datagram, or datagrams of one flow.
 const COUNT_MAX: u64 = 1_000_000;
-/// Octets of the longest server id (QUIC-LB).
+/// Octets of the longest server id, of the shortest nonce, and of both together at most (QUIC-LB).
 const SERVER_ID_MAX: u8 = 15;
+const NONCE_MIN: u8 = 4;
+const PLAINTEXT_MAX: u8 = 19;
+/// Server ids and nonces of so many octets together are one block of the cipher, which is the least work.
+const BLOCK: u8 = 16;
 
 /// Reads it; `is_udp` says whether the listener's `bind` makes sense of it, where that is known.
 pub(super) fn read(mut section: Section<'_, '_>, is_udp: Option<bool>) -> UdpConfig {
@@ -22,23 +28,99 @@ pub(super) fn read(mut section: Section<'_, '_>, is_udp: Option<bool>) -> UdpCon
             "write bind = \"udp://…\", or remove [listener.udp]",
         ));
     }
-    let quic = section.value("quic", boolean).is_some_and(toml::Spanned::into_inner);
+    let quic = section.value("quic", boolean).is_some_and(Spanned::into_inner);
     let server_id = section.value("quic_server_id", text(server_id));
     if let Some(form) = server_id.as_ref().filter(|form| form.get_ref().is_some() && !quic) {
         let problem =
             Problem::new("`listener.udp.quic_server_id` without quic = true", "add quic = true before it");
         section.reader().report(form.span().start, problem);
     }
+    let form = server_id.and_then(Spanned::into_inner);
+    let quic_keys = quic_keys(&mut section, form);
     let read = UdpConfig {
         idle_timeout: or(section.value("idle_timeout", text(idle_timeout)), default.idle_timeout),
         responses: or(section.value("responses", integer(0..=COUNT_MAX)), default.responses),
         requests: or(section.value("requests", integer(0..=COUNT_MAX)), default.requests),
         flows_max: or(section.value("flows_max", integer(0..=u64::from(u32::MAX))), default.flows_max),
         quic,
-        quic_server_id: server_id.and_then(toml::Spanned::into_inner),
+        quic_server_id: form,
+        quic_keys,
     };
     section.finish(&[]);
     read
+}
+
+/// What server ids of that form are encrypted with.
+fn quic_keys(section: &mut Section<'_, '_>, form: Option<ServerIdForm>) -> Option<Arc<ServerIdKeys>> {
+    let nonce = section.value("quic_nonce", integer::<u8>(0..=u64::from(PLAINTEXT_MAX - 1)));
+    let keys = section.value("quic_keys_file", text(keys_file))?;
+    let at = keys.span().start;
+    let keys = keys.into_inner()?;
+    let octets = match form {
+        Some(form) => form.octets() as u8,
+        None => {
+            let message = "`listener.udp.quic_keys_file` without quic_server_id";
+            let hint = "say what the server ids are: add quic_server_id = \"ipv4\"";
+            section.reader().report(at, Problem::new(message, hint));
+            return None;
+        }
+    };
+    let (at, nonce) = match nonce.map(|nonce| (nonce.span().start, nonce.into_inner())) {
+        Some((at, nonce @ 1..)) => (at, nonce),
+        _ => (at, BLOCK.saturating_sub(octets).max(NONCE_MIN)),
+    };
+    if nonce < NONCE_MIN || octets + nonce > PLAINTEXT_MAX {
+        let message =
+            format!("`listener.udp.quic_nonce`: {nonce} octets do not go with a server id of {octets}");
+        let hint = match PLAINTEXT_MAX - octets {
+            most @ NONCE_MIN.. => format!("write what the servers have, from {NONCE_MIN} to {most}"),
+            _ => format!("use a server id of {} octets or fewer", PLAINTEXT_MAX - NONCE_MIN),
+        };
+        section.reader().report(at, Problem::new(message, hint));
+        return None;
+    }
+    let mut all = ServerIdKeys::new(nonce);
+    for (config, key) in keys {
+        all.insert(config, key);
+    }
+    Some(Arc::new(all))
+}
+
+/// Reads a file of keys: a line for each configuration, its number and its key.
+#[expect(clippy::type_complexity, reason = "it is read once, into what has a name")]
+fn keys_file(path: &str) -> Result<Option<Vec<(u8, [u8; 16])>>, Problem> {
+    if path.is_empty() {
+        return Ok(None);
+    }
+    let hint = "a line is the number of a configuration, 0 to 6, and its key in 32 hexadecimal digits: \
+                \"0 00112233445566778899aabbccddeeff\"";
+    let wrong = |what: String| Problem::new(what, hint);
+    let text =
+        std::fs::read_to_string(path).map_err(|error| wrong(format!("cannot read {path}: {error}")))?;
+    let mut keys: Vec<(u8, [u8; 16])> = Vec::new();
+    for (number, line) in (1..).zip(text.lines()) {
+        let line = line.split('#').next().unwrap_or_default().trim();
+        if line.is_empty() {
+            continue;
+        }
+        // A key that is half right is still a secret: the line is not shown.
+        let key =
+            key(line).ok_or_else(|| wrong(format!("{path}, line {number}: no configuration and key")))?;
+        if keys.iter().any(|(config, _)| *config == key.0) {
+            return Err(wrong(format!("{path}, line {number}: configuration {} has a key already", key.0)));
+        }
+        keys.push(key);
+    }
+    if keys.is_empty() { Err(wrong(format!("there is no key in {path}"))) } else { Ok(Some(keys)) }
+}
+
+fn key(line: &str) -> Option<(u8, [u8; 16])> {
+    let (config, key) = line.split_once(char::is_whitespace)?;
+    let config = config.parse().ok().filter(|config| *config <= 6)?;
+    let key = key.trim_start();
+    let digits = key.len() == 32 && key.bytes().all(|digit| digit.is_ascii_hexdigit());
+    let key = digits.then(|| u128::from_str_radix(key, 16).ok())??;
+    Some((config, key.to_be_bytes()))
 }
 
 /// Reports what a listener of datagrams has no use for, rather than leave it without effect.

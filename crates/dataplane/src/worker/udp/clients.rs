@@ -305,14 +305,14 @@ impl<I: Io> Worker<I> {
         let listener = &mut listeners[listener];
         let udp = listener.udp.as_mut().filter(|udp| udp.quic)?;
         let packet = ring.bytes(part.buffer, part.start, part.length);
-        if let Some(KnownServers { form, of: known }) = &mut udp.server_ids {
+        if let Some(KnownServers { form, keys, of: known }) = &mut udp.server_ids {
             let table = Arc::clone(listener.targets[0].table());
             let members = table.members();
             // Read once for each membership: whoever sends packets from ever new addresses must not make us look at all.
             if !known.as_ref().is_some_and(|(of, _)| Arc::ptr_eq(of, members)) {
                 let backends = (0..).zip(members.backends());
                 let backends = backends.map(|(index, backend)| (index, backend.id.as_str(), backend.address));
-                *known = Some((Arc::clone(members), ServerIds::new(*form, backends)));
+                *known = Some((Arc::clone(members), ServerIds::new(*form, keys.clone(), backends)));
             }
             let found = known.as_ref().and_then(|(_, ids)| ids.find(packet));
             if let Some(backend) = found.and_then(|index| members.backends().get(index as usize)) {

@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex};
 
 use allocation::{LiveFacts, Members, OpenFlow, Timestamp};
 use flow::CloseReason;
-use flow::udp::{Cid, Cids, Expiry, Flows, ServerIdForm, ServerIds, Tuning};
+use flow::udp::{Cid, Cids, Expiry, Flows, ServerIdForm, ServerIdKeys, ServerIds, Tuning};
 use rustix::io::Errno;
 use uring::{Completion, EnterError, Group, Local, Op, Token};
 
@@ -93,6 +93,7 @@ pub(super) struct UdpListener {
 /// Server ids of the pool's members, read once for each membership.
 struct KnownServers {
     form: ServerIdForm,
+    keys: Option<Arc<ServerIdKeys>>,
     of: Option<(Arc<Members>, ServerIds<u32>)>,
 }
 
@@ -108,7 +109,11 @@ impl UdpListener {
             flows_max: config.flows_max,
             wildcard: address.ip().is_unspecified(),
             quic: config.quic,
-            server_ids: config.quic_server_id.map(|form| KnownServers { form, of: None }),
+            server_ids: config.quic_server_id.map(|form| KnownServers {
+                form,
+                keys: config.quic_keys.clone(),
+                of: None,
+            }),
             shared,
         }
     }
