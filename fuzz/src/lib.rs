@@ -13,7 +13,8 @@ use flow::preface::hello::{self, Hello};
 use flow::preface::proxy::{self, Accepts, Outgoing, Transport};
 use flow::preface::{Facts, GRANTED, Look, PREFACE_MAX, Preface, Progress, Route, Routes, Wants};
 use flow::udp::{
-    CID_MAX, Cid, Cids, Expiry, Flows, Header, Refusal, ServerIdForm, ServerIds, Tuning, Tuple, source_cid,
+    Announced, CID_MAX, Cid, Cids, Expiry, Flows, Header, Refusal, ServerIdForm, ServerIds, Tuning, Tuple,
+    source_cid,
 };
 
 #[path = "../../crates/flow/tests/world/mod.rs"]
@@ -64,6 +65,14 @@ pub fn proxy(bytes: &[u8]) {
             }
         })
     });
+    // Of a datagram all is there: it has a header, has none, or is wrong.
+    let whole = proxy::read(bytes, Accepts::V2);
+    match proxy::read_datagram(bytes) {
+        Ok(Some(header)) => assert_eq!(whole, Ok(Progress::Done(header))),
+        Ok(None) => assert!(!bytes.starts_with(&proxy::V2_SIGNATURE)),
+        Err(proxy::ProxyError::Truncated) => assert!(matches!(whole, Ok(Progress::More(_)))),
+        Err(wrong) => assert_eq!(whole, Err(wrong)),
+    }
     let Ok(Progress::Done(header)) = proxy::read(bytes, accepts) else { return };
     assert!(header.length <= proxy::HEADER_MAX && header.length <= bytes.len());
     let mut written = Vec::new();
@@ -223,14 +232,22 @@ pub fn datagrams(bytes: &[u8]) {
         let at = Timestamp::from_millis(now);
         let client = SocketAddr::from(([10, 0, 0, which % 16], 1_000));
         let tuple = Tuple::new(0, client, None);
+        // Some are clients of one proxy, with one socket for all of them.
+        let announced = (which % 16 >= 12).then(|| {
+            let proxy = SocketAddr::from(([10, 0, 1, 1], 1_000));
+            Announced::new(Tuple::new(0, proxy, None), client, proxy)
+        });
         let any = open.iter().copied().nth(usize::from(which) % open.len().max(1));
         match (what, any) {
-            (0 | 1, _) => match flows.find(&tuple) {
+            (0 | 1, _) => match announced.map_or_else(|| flows.find(&tuple), |a| flows.find_announced(&a)) {
                 Some(index) => {
                     assert!(open.contains(&index), "a tuple names a flow that is open");
                     flows.asked(index, 1 + u32::from(which >> 6), at, &tuning);
                 }
-                None => match flows.open(tuple, which, at, &tuning) {
+                None => match match announced {
+                    Some(announced) => flows.open_announced(announced, which, at, &tuning),
+                    None => flows.open(tuple, which, at, &tuning),
+                } {
                     Ok(index) => {
                         assert!(open.len() < FLOWS_MAX && open.insert(index) && !ended.contains(&index));
                         flows.asked(index, 1, at, &tuning);
