@@ -61,7 +61,8 @@ pub struct ListenerConfig {
     pub protocol: Protocol,
     /// The last of the ports to accept at, where they are more than one.
     pub last_port: Option<u16>,
-    /// Every connection begins with a PROXY header.
+    /// Every connection begins with a PROXY header, or datagrams do ([`UdpConfig::proxy_header`]; of version 2, whatever is
+    /// accepted).
     pub proxy: Option<ProxyProtocol>,
     /// Which flows go to another target than the first; the first route that a flow meets is taken. At most
     /// [`flow::preface::Routes::MAX`], with targets that there are.
@@ -131,6 +132,20 @@ pub struct UdpConfig {
     pub quic: bool,
     /// How backends put their own id into IDs of connections, where they do.
     pub quic_server_id: Option<ServerIdForm>,
+    /// Which datagrams have a PROXY header, where the listener speaks the protocol.
+    pub proxy_header: ProxyHeader,
+}
+
+/// Which datagrams of a proxy begin with a PROXY header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ProxyHeader {
+    /// Every one. One that does not is dropped.
+    #[default]
+    Every,
+    /// The first from each of the proxy's addresses and ports, and when another client is meant. Those without are of the client
+    /// that was named last; a header alone is not passed on. What a client says after its first datagram is then believed to be a
+    /// header if it looks like one.
+    First,
 }
 
 impl Default for UdpConfig {
@@ -142,6 +157,7 @@ impl Default for UdpConfig {
             flows_max: 0,
             quic: false,
             quic_server_id: None,
+            proxy_header: ProxyHeader::Every,
         }
     }
 }
@@ -171,7 +187,8 @@ pub struct ProxyProtocol {
 /// How the backends of a pool are connected to.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Connecting {
-    /// The PROXY header that they are sent before anything else.
+    /// The PROXY header that they are sent before anything else; where they are sent datagrams, before each. Version 1 has none
+    /// for those, and none is sent.
     pub proxy: Option<Version>,
     /// How TCP behaves.
     pub options: TcpOptions,

@@ -16,6 +16,9 @@ use dataplane::{Config, Dataplane, Engine, ListenerConfig, ServerIdForm, UdpConf
 
 use crate::common::{PATIENCE, engine_of, eventually};
 
+#[path = "udp_preface.rs"]
+mod preface;
+
 /// The engine under test.
 fn engine() -> Engine {
     engine_of(module_path!())

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use dataplane::{ServerIdForm, UdpConfig};
+use dataplane::{ProxyHeader, ServerIdForm, UdpConfig};
 
 use super::reader::{Section, boolean, integer, text};
 use super::{above_zero, or};
@@ -13,8 +13,9 @@ const COUNT_MAX: u64 = 1_000_000;
 /// Octets of the longest server id (QUIC-LB).
 const SERVER_ID_MAX: u8 = 15;
 
-/// Reads it; `is_udp` says whether the listener's `bind` makes sense of it, where that is known.
-pub(super) fn read(mut section: Section<'_, '_>, is_udp: Option<bool>) -> UdpConfig {
+/// Reads it; `is_udp` says whether the listener's `bind` makes sense of it, where that is known; `proxy`, whether the listener
+/// has a `proxy_protocol`.
+pub(super) fn read(mut section: Section<'_, '_>, is_udp: Option<bool>, proxy: bool) -> UdpConfig {
     let default = UdpConfig::default();
     if section.is_there() && is_udp == Some(false) {
         section.report(Problem::new(
@@ -29,6 +30,14 @@ pub(super) fn read(mut section: Section<'_, '_>, is_udp: Option<bool>) -> UdpCon
             Problem::new("`listener.udp.quic_server_id` without quic = true", "add quic = true before it");
         section.reader().report(form.span().start, problem);
     }
+    let header = section.value("proxy_header", text(proxy_header));
+    if let Some(header) = header.as_ref().filter(|header| *header.get_ref() == ProxyHeader::First && !proxy) {
+        let problem = Problem::new(
+            "`listener.udp.proxy_header`: no datagram has a PROXY header here",
+            "add proxy_protocol = \"v2\" and trusted to the listener, or remove it",
+        );
+        section.reader().report(header.span().start, problem);
+    }
     let read = UdpConfig {
         idle_timeout: or(section.value("idle_timeout", text(idle_timeout)), default.idle_timeout),
         responses: or(section.value("responses", integer(0..=COUNT_MAX)), default.responses),
@@ -36,6 +45,7 @@ pub(super) fn read(mut section: Section<'_, '_>, is_udp: Option<bool>) -> UdpCon
         flows_max: or(section.value("flows_max", integer(0..=u64::from(u32::MAX))), default.flows_max),
         quic,
         quic_server_id: server_id.and_then(toml::Spanned::into_inner),
+        proxy_header: or(header, default.proxy_header),
     };
     section.finish(&[]);
     read
@@ -43,13 +53,22 @@ pub(super) fn read(mut section: Section<'_, '_>, is_udp: Option<bool>) -> UdpCon
 
 /// Reports what a listener of datagrams has no use for, rather than leave it without effect.
 pub(super) fn refuse_what_is_of_tcp(section: &mut Section<'_, '_>) {
-    for key in ["proxy_protocol", "trusted", "route", "tcp"] {
-        if section.has(key) {
-            section.report(Problem::new(
-                format!("`listener.{key}` is for listeners of connections"),
-                "remove it, or write bind = \"tcp://…\"",
-            ));
-        }
+    if section.has("tcp") {
+        section.report(Problem::new(
+            "`listener.tcp` is for listeners of connections",
+            "remove it, or write bind = \"tcp://…\"",
+        ));
+    }
+}
+
+fn proxy_header(text: &str) -> Result<ProxyHeader, Problem> {
+    match text {
+        "every" => Ok(ProxyHeader::Every),
+        "first" => Ok(ProxyHeader::First),
+        _ => Err(Problem::new(
+            format!("{text:?} does not say which datagrams have a header"),
+            "write \"every\", or \"first\" for proxies that say once for whom they speak",
+        )),
     }
 }
 
