@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use allocation::Timestamp;
@@ -13,8 +14,8 @@ use flow::preface::hello::{self, Hello};
 use flow::preface::proxy::{self, Accepts, Outgoing, Transport};
 use flow::preface::{Facts, GRANTED, Look, PREFACE_MAX, Preface, Progress, Route, Routes, Wants};
 use flow::udp::{
-    CID_MAX, Cid, Cids, Expiry, Flows, Header, NONCE_MIN, Refusal, ServerIdForm, ServerIdKeys, ServerIds, Tuning, Tuple,
-    source_cid,
+    Announced, CID_MAX, Cid, Cids, Cipher, Expiry, Flows, Header, NONCE_MIN, Refusal, ServerIdForm,
+    ServerIdKeys, ServerIds, Tuning, Tuple, source_cid,
 };
 
 #[path = "../../crates/flow/tests/world/mod.rs"]
@@ -65,6 +66,14 @@ pub fn proxy(bytes: &[u8]) {
             }
         })
     });
+    // Of a datagram all is there: it has a header, has none, or is wrong.
+    let whole = proxy::read(bytes, Accepts::V2);
+    match proxy::read_datagram(bytes) {
+        Ok(Some(header)) => assert_eq!(whole, Ok(Progress::Done(header))),
+        Ok(None) => assert!(!bytes.starts_with(&proxy::V2_SIGNATURE)),
+        Err(proxy::ProxyError::Truncated) => assert!(matches!(whole, Ok(Progress::More(_)))),
+        Err(wrong) => assert_eq!(whole, Err(wrong)),
+    }
     let Ok(Progress::Done(header)) = proxy::read(bytes, accepts) else { return };
     assert!(header.length <= proxy::HEADER_MAX && header.length <= bytes.len());
     let mut written = Vec::new();
@@ -185,7 +194,18 @@ pub fn quic(bytes: &[u8]) {
     let backends =
         [(1, "0a0b0c", "10.0.0.1:443"), (2, "0d0e0f", "10.0.0.2:443"), (3, "000102", "[2001:db8::1]:443")];
     let mut keys = ServerIdKeys::new(NONCE_MIN + first / 16);
-    keys.insert(first % 8, [first; 16]);
+    // Any function of a block does: which one it is makes no difference to what is read where.
+    struct Turned(u8);
+    impl Cipher for Turned {
+        fn encrypt(&self, block: &mut [u8; 16]) {
+            block.iter_mut().for_each(|octet| *octet = octet.rotate_left(3) ^ self.0);
+        }
+
+        fn decrypt(&self, block: &mut [u8; 16]) {
+            block.iter_mut().for_each(|octet| *octet = (*octet ^ self.0).rotate_right(3));
+        }
+    }
+    keys.insert(first % 8, [first; 16], Arc::new(Turned(first)));
     let keys = (first >= 128).then(|| Arc::new(keys));
     for form in [ServerIdForm::Ipv4, ServerIdForm::Ipv4Port, ServerIdForm::Id(1 + first % 15)] {
         let backends = backends.iter().map(|(name, id, at)| (*name, *id, at.parse().expect("an address")));
@@ -227,14 +247,22 @@ pub fn datagrams(bytes: &[u8]) {
         let at = Timestamp::from_millis(now);
         let client = SocketAddr::from(([10, 0, 0, which % 16], 1_000));
         let tuple = Tuple::new(0, client, None);
+        // Some are clients of one proxy, with one socket for all of them.
+        let announced = (which % 16 >= 12).then(|| {
+            let proxy = SocketAddr::from(([10, 0, 1, 1], 1_000));
+            Announced::new(Tuple::new(0, proxy, None), client, proxy)
+        });
         let any = open.iter().copied().nth(usize::from(which) % open.len().max(1));
         match (what, any) {
-            (0 | 1, _) => match flows.find(&tuple) {
+            (0 | 1, _) => match announced.map_or_else(|| flows.find(&tuple), |a| flows.find_announced(&a)) {
                 Some(index) => {
                     assert!(open.contains(&index), "a tuple names a flow that is open");
                     flows.asked(index, 1 + u32::from(which >> 6), at, &tuning);
                 }
-                None => match flows.open(tuple, which, at, &tuning) {
+                None => match match announced {
+                    Some(announced) => flows.open_announced(announced, which, at, &tuning),
+                    None => flows.open(tuple, which, at, &tuning),
+                } {
                     Ok(index) => {
                         assert!(open.len() < FLOWS_MAX && open.insert(index) && !ended.contains(&index));
                         flows.asked(index, 1, at, &tuning);

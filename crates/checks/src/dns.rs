@@ -7,10 +7,9 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
-use crate::Failure;
 use crate::schedule::Jitter;
-use crate::udp;
 use crate::wire::{Parsed, Wire};
+use crate::{Failure, ProxyHeader, udp};
 
 /// Longest datagram that is looked at; nothing longer is asked for (§2.3.4).
 const DATAGRAM_BYTES_MAX: usize = 512;
@@ -178,14 +177,17 @@ fn id() -> u16 {
     Jitter::new(seed).draw() as u16
 }
 
+/// `proxy` comes before the question.
 pub(crate) async fn ask_udp(
     query: &DnsQuery,
+    proxy: Option<ProxyHeader>,
     target: SocketAddr,
     limit: Duration,
 ) -> Result<String, Failure> {
     let socket = udp::connect(target).await.map_err(|why| Failure::Connect(target, why))?;
     let id = id();
-    let message = query.encode(id);
+    let message = udp::headed(&socket, proxy, &query.encode(id));
+    let message = message.map_err(|why| Failure::Connect(target, why))?;
     socket.send(&message).await.map_err(|why| Failure::Connect(target, why))?;
     // A datagram may be lost; more than one more would be insistence.
     let again = Instant::now() + limit / 2;

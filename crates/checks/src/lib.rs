@@ -37,7 +37,7 @@ mod xmpp;
 
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -163,12 +163,12 @@ pub struct CheckConfig {
     pub port: Option<u16>,
     /// Whether it is spoken within TLS.
     pub tls: Option<TlsConfig>,
-    /// What its connections begin with, before everything else: where flows come with a PROXY header, a server takes nobody
-    /// without one.
+    /// What its connections and datagrams begin with, before everything else: where flows come with a PROXY header, a server
+    /// takes nobody without one.
     pub proxy: Option<ProxyHeader>,
 }
 
-/// A PROXY header that says "this connection is the proxy's own" (proxy-protocol.txt, sections 2.1 and 2.2).
+/// A PROXY header that says "this is the proxy's own" (proxy-protocol.txt, sections 2.1 and 2.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProxyHeader {
     /// Version 1: `UNKNOWN`.
@@ -183,6 +183,23 @@ impl ProxyHeader {
             Self::V1 => b"PROXY UNKNOWN\r\n",
             Self::V2 => b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0",
         }
+    }
+
+    /// Before a datagram; version 1 has none for them. It names the balancer as the client and not `LOCAL`, which means the same:
+    /// Knot 3.2 drops a datagram that says so.
+    fn datagram_bytes(self, source: SocketAddr, destination: SocketAddr) -> Vec<u8> {
+        let octets = |ip: IpAddr| match ip {
+            IpAddr::V4(v4) => v4.octets().to_vec(),
+            IpAddr::V6(v6) => v6.octets().to_vec(),
+        };
+        if self == Self::V1 {
+            return Vec::new();
+        }
+        let ports = [source.port().to_be_bytes(), destination.port().to_be_bytes()].concat();
+        // A connected socket's are of one family.
+        let addresses = [octets(source.ip()), octets(destination.ip()), ports].concat();
+        let family = if source.is_ipv4() { 0x12 } else { 0x22 };
+        [b"\r\n\r\n\0\r\nQUIT\n\x21", &[family, 0, addresses.len() as u8][..], &addresses].concat()
     }
 }
 
@@ -388,12 +405,13 @@ impl Check {
         let limit = self.config.timeout;
         let late = || Failure::Late(target, limit);
         let ended = |result| Begun::Ended(Outcome { result, took: begun.elapsed() });
+        let proxy = self.config.proxy;
         let once = match &self.config.dialogue {
             Dialogue::Dns(query) if query.transport == Transport::Udp => {
-                Some(timeout(limit, dns::ask_udp(query, target, limit)).await)
+                Some(timeout(limit, dns::ask_udp(query, proxy, target, limit)).await)
             }
             // Silence may be its answer: it keeps the time itself.
-            Dialogue::Udp(udp) => Some(Ok(udp::ask(udp, target, limit).await)),
+            Dialogue::Udp(udp) => Some(Ok(udp::ask(udp, proxy, target, limit).await)),
             Dialogue::Command(command) => Some(timeout(limit, command.run(subject, target)).await),
             _ => None,
         };

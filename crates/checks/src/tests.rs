@@ -288,6 +288,35 @@ async fn a_proxy_header_comes_first() {
 }
 
 #[tokio::test]
+async fn a_proxy_header_comes_first_in_datagrams() {
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let address = socket.local_addr().unwrap();
+    let echo = tokio::spawn(async move {
+        let mut buffer = [0; 512];
+        loop {
+            let (length, from) = socket.recv_from(&mut buffer).await.unwrap();
+            socket.send_to(&buffer[..length], from).await.unwrap();
+        }
+    });
+    let before = |proxy, expect: Vec<u8>| {
+        let udp = Dialogue::Udp(Udp { send: b"ping".to_vec(), expect: Some(expect) });
+        ended(CheckConfig { proxy: Some(proxy), ..config(udp) }, address)
+    };
+    assert_eq!(before(ProxyHeader::V1, b"ping".to_vec()).await.said(), "ping", "it has none for datagrams");
+    // Version 2, PROXY, UDP over IPv4, 12 bytes of addresses, of which only our port is not known before.
+    let header = b"\r\n\r\n\0\r\nQUIT\n\x21\x12\0\x0c\x7f\0\0\x01\x7f\0\0\x01";
+    assert!(before(ProxyHeader::V2, header.to_vec()).await.result.is_ok());
+    let rest = [&address.port().to_be_bytes()[..], b"ping"].concat();
+    assert!(before(ProxyHeader::V2, rest).await.result.is_ok());
+    // IPv6, with the addresses and no other.
+    let (one, two) = ("[2001:db8::1]:258".parse().unwrap(), "[2001:db8::2]:772".parse().unwrap());
+    let bytes = ProxyHeader::V2.datagram_bytes(one, two);
+    assert_eq!(bytes[12..18], [0x21, 0x22, 0, 36, 0x20, 0x01]);
+    assert_eq!((bytes.len(), &bytes[48..]), (52, &[1, 2, 3, 4][..]));
+    echo.abort();
+}
+
+#[tokio::test]
 async fn datagrams() {
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let address = socket.local_addr().unwrap();

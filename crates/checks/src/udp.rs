@@ -8,8 +8,8 @@ use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::time::timeout;
 
-use crate::Failure;
 use crate::text::{find, printable, shown};
+use crate::{Failure, ProxyHeader};
 
 /// Longest datagram that is looked at.
 const DATAGRAM_BYTES_MAX: usize = 2048;
@@ -24,11 +24,16 @@ pub struct Udp {
     pub expect: Option<Vec<u8>>,
 }
 
-/// Keeps to `limit` itself: where no answer is needed, silence until then passes.
-pub(crate) async fn ask(udp: &Udp, target: SocketAddr, limit: Duration) -> Result<String, Failure> {
+/// Keeps to `limit` itself: where no answer is needed, silence until then passes. `proxy` comes before the datagram.
+pub(crate) async fn ask(
+    udp: &Udp,
+    proxy: Option<ProxyHeader>,
+    target: SocketAddr,
+    limit: Duration,
+) -> Result<String, Failure> {
     let exchange = async {
         let socket = connect(target).await?;
-        socket.send(&udp.send).await?;
+        socket.send(&headed(&socket, proxy, &udp.send)?).await?;
         let mut buffer = [0; DATAGRAM_BYTES_MAX];
         let length = receive(&socket, &mut buffer).await?;
         Ok::<_, io::Error>(buffer[..length].to_vec())
@@ -52,6 +57,15 @@ pub(crate) async fn connect(target: SocketAddr) -> io::Result<UdpSocket> {
         return Err(io::ErrorKind::ConnectionRefused.into());
     }
     Ok(socket)
+}
+
+/// A datagram with the header before it that its receiver wants.
+pub(crate) fn headed(socket: &UdpSocket, proxy: Option<ProxyHeader>, datagram: &[u8]) -> io::Result<Vec<u8>> {
+    let header = match proxy {
+        Some(proxy) => proxy.datagram_bytes(socket.local_addr()?, socket.peer_addr()?),
+        None => Vec::new(),
+    };
+    Ok([&header, datagram].concat())
 }
 
 /// The next datagram, or the refusal. `UdpSocket::recv` waits for the former alone: epoll has the latter as an error, not as

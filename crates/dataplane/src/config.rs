@@ -4,10 +4,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use aes::cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
 use allocation::{PoolName, Publisher};
 use flow::preface::Route;
 use flow::preface::proxy::{Accepts, Version};
-pub use flow::udp::{ServerIdForm, ServerIdKeys};
+pub use flow::udp::{Cipher, ServerIdForm, ServerIdKeys};
 use ipnet::IpNet;
 
 use crate::access::AccessLogConfig;
@@ -62,7 +63,8 @@ pub struct ListenerConfig {
     pub protocol: Protocol,
     /// The last of the ports to accept at, where they are more than one.
     pub last_port: Option<u16>,
-    /// Every connection begins with a PROXY header.
+    /// Every connection begins with a PROXY header, or datagrams do ([`UdpConfig::proxy_header`]; of version 2, whatever is
+    /// accepted).
     pub proxy: Option<ProxyProtocol>,
     /// Which flows go to another target than the first; the first route that a flow meets is taken. At most
     /// [`flow::preface::Routes::MAX`], with targets that there are.
@@ -134,6 +136,20 @@ pub struct UdpConfig {
     pub quic_server_id: Option<ServerIdForm>,
     /// What they encrypt it with; `None`: it is in clear text.
     pub quic_keys: Option<Arc<ServerIdKeys>>,
+    /// Which datagrams have a PROXY header, where the listener speaks the protocol.
+    pub proxy_header: ProxyHeader,
+}
+
+/// Which datagrams of a proxy begin with a PROXY header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ProxyHeader {
+    /// Every one. One that does not is dropped.
+    #[default]
+    Every,
+    /// The first from each of the proxy's addresses and ports, and when another client is meant. Those without are of the client
+    /// that was named last; a header alone is not passed on. What a client says after its first datagram is then believed to be a
+    /// header if it looks like one.
+    First,
 }
 
 impl Default for UdpConfig {
@@ -146,8 +162,24 @@ impl Default for UdpConfig {
             quic: false,
             quic_server_id: None,
             quic_keys: None,
+            proxy_header: ProxyHeader::Every,
         }
     }
+}
+
+/// AES-128 with this key, for [`ServerIdKeys::insert`].
+pub fn aes128(key: [u8; 16]) -> Arc<dyn Cipher> {
+    struct Aes(aes::Aes128);
+    impl Cipher for Aes {
+        fn encrypt(&self, block: &mut [u8; 16]) {
+            self.0.encrypt_block(block.into());
+        }
+
+        fn decrypt(&self, block: &mut [u8; 16]) {
+            self.0.decrypt_block(block.into());
+        }
+    }
+    Arc::new(Aes(aes::Aes128::new(&key.into())))
 }
 
 /// A pool that serves flows of a listener.
@@ -175,7 +207,8 @@ pub struct ProxyProtocol {
 /// How the backends of a pool are connected to.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Connecting {
-    /// The PROXY header that they are sent before anything else.
+    /// The PROXY header that they are sent before anything else; where they are sent datagrams, before each. Version 1 has none
+    /// for those, and none is sent.
     pub proxy: Option<Version>,
     /// How TCP behaves.
     pub options: TcpOptions,

@@ -76,6 +76,16 @@ pub(crate) trait Io: Sized {
         token: Token,
     ) -> Result<(), EnterError>;
 
+    /// The same on a connected socket, with `header` before each of the datagrams: the engine keeps a copy as long as it needs it.
+    fn send_headed(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        header: &[u8],
+        parts: &[Part],
+        segment: u32,
+        token: Token,
+    ) -> Result<(), EnterError>;
+
     /// One completion when there is something to read, the end of the stream, or an error.
     fn poll_readable(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError>;
 
@@ -196,6 +206,17 @@ impl Io for Ring {
         token: Token,
     ) -> Result<(), EnterError> {
         self.send_datagrams(socket, route, parts, segment, token)
+    }
+
+    fn send_headed(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        header: &[u8],
+        parts: &[Part],
+        segment: u32,
+        token: Token,
+    ) -> Result<(), EnterError> {
+        self.send_headed(socket, header, parts, segment, token)
     }
 
     fn poll_readable(&mut self, file: BorrowedFd<'_>, token: Token) -> Result<(), EnterError> {

@@ -43,8 +43,8 @@ mod worker;
 
 pub use access::{AccessLogConfig, AccessLogFormat, AccessLogTo};
 pub use config::{
-    Config, Connecting, Limits, ListenerConfig, ListenerLimits, Protocol, ProxyProtocol, ServerIdForm,
-    ServerIdKeys, Target, Timeouts, UdpConfig,
+    Cipher, Config, Connecting, Limits, ListenerConfig, ListenerLimits, Protocol, ProxyHeader, ProxyProtocol,
+    ServerIdForm, ServerIdKeys, Target, Timeouts, UdpConfig, aes128,
 };
 pub use engine::{Engine, ProbeError};
 pub use run::{Bound, Dataplane, StartError, WorkerFailed, bind};

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::sync::mpsc;
@@ -35,6 +36,9 @@ use crate::worker::{self, ListenerSetup, Sorter, TargetSetup, Worker, WorkerSetu
 /// Descriptors kept back from flows for rings, listeners, control, files; and for each worker's pipes.
 const DESCRIPTORS_RESERVED: u64 = 128;
 const DESCRIPTORS_PER_WORKER: u64 = 2 * PIPES_MAX as u64 + 8;
+
+/// Ports of all listeners of datagrams: flows are told apart by a number of 16 bits.
+const UDP_PORTS_MAX: usize = 1 << 16;
 
 /// Why the dataplane cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +110,12 @@ pub enum StartError {
     Descriptors {
         /// The limit.
         limit: u64,
+    },
+    /// More ports for datagrams than a worker tells apart.
+    #[error("{ports} UDP ports; the listeners of a balancer take {} together", UDP_PORTS_MAX)]
+    UdpPorts {
+        /// How many they are.
+        ports: usize,
     },
     /// The access log cannot be opened.
     #[error(
@@ -217,6 +227,12 @@ pub fn bind(config: Config) -> Result<Bound, Vec<StartError>> {
             }
             Err(error) => errors.push(error),
         }
+    }
+    let is_udp = |listener: &ListenerConfig| matches!(listener.protocol, Protocol::Udp(_));
+    let udp_ports =
+        config.listeners.iter().filter(|listener| is_udp(listener)).map(ports).map(Iterator::count).sum();
+    if udp_ports > UDP_PORTS_MAX {
+        errors.push(StartError::UdpPorts { ports: udp_ports });
     }
     let towards = towards(&config);
     errors.extend(try_out(&towards, &config.sources));
@@ -535,21 +551,28 @@ fn seed() -> u64 {
     std::hash::RandomState::new().build_hasher().finish()
 }
 
+fn ports(listener: &ListenerConfig) -> RangeInclusive<u16> {
+    let first = listener.bind.port();
+    first..=listener.last_port.unwrap_or(first)
+}
+
 /// A listener's first address, and its sockets by port and worker.
 fn listen_at_ports(
     listener: &ListenerConfig,
     workers: usize,
     timeouts: &Timeouts,
 ) -> Result<(SocketAddr, Vec<Vec<OwnedFd>>), StartError> {
-    let first = listener.bind.port();
     let mut address = listener.bind;
     let mut sockets = Vec::new();
-    for port in first..=listener.last_port.unwrap_or(first) {
+    for port in ports(listener) {
         let at = SocketAddr::new(listener.bind.ip(), port);
         let bound = match &listener.protocol {
             Protocol::Tcp => listen::listen(at, workers, &listener.tcp, timeouts.keepalive),
-            // Where each flow takes so many datagrams, trains of them would have to be cut.
-            Protocol::Udp(udp) => listen::listen_udp(at, workers, udp.requests == 0).map_err(ListenError::Io),
+            Protocol::Udp(udp) => {
+                // Where each flow takes so many datagrams, or each has a header, trains of them would have to be cut.
+                let trains = udp.requests == 0 && listener.proxy.is_none();
+                listen::listen_udp(at, workers, trains).map_err(ListenError::Io)
+            }
         };
         let (bound, of_port) = bound.map_err(|error| listen_error(listener.protocol.name(), at, error))?;
         if sockets.is_empty() {

@@ -111,11 +111,26 @@ pub(crate) enum Dropped {
     Malformed,
     /// It would begin a flow, and the balancer is leaving.
     Draining,
+    /// The listener speaks the PROXY protocol, and whoever sent it is not trusted with it.
+    ProxyUntrusted,
+    /// It begins with a PROXY header that is wrong.
+    ProxyInvalid,
+    /// It begins with no PROXY header, and must.
+    ProxyMissing,
 }
 
 impl Dropped {
-    const ALL: [Self; 6] =
-        [Self::SendBuffer, Self::TooLarge, Self::Unreachable, Self::Refused, Self::Malformed, Self::Draining];
+    const ALL: [Self; 9] = [
+        Self::SendBuffer,
+        Self::TooLarge,
+        Self::Unreachable,
+        Self::Refused,
+        Self::Malformed,
+        Self::Draining,
+        Self::ProxyUntrusted,
+        Self::ProxyInvalid,
+        Self::ProxyMissing,
+    ];
 
     const fn label(self) -> &'static str {
         match self {
@@ -125,6 +140,9 @@ impl Dropped {
             Self::Refused => "refused",
             Self::Malformed => "malformed",
             Self::Draining => "draining",
+            Self::ProxyUntrusted => "proxy_untrusted",
+            Self::ProxyInvalid => "proxy_invalid",
+            Self::ProxyMissing => "proxy_missing",
         }
     }
 }

@@ -209,6 +209,21 @@ fn a_checksum_is_verified() {
 }
 
 #[test]
+fn a_datagram_has_its_header_whole_or_none() {
+    let datagram = [&with_tlvs(&[0xE0, 0, 1, 7])[..], b"payload"].concat();
+    let header = proxy::read_datagram(&datagram).unwrap().expect("a header");
+    assert_eq!((&datagram[header.length..], header.tlv(0xE0)), (&b"payload"[..], Some(&[7][..])));
+    assert_eq!(header.addresses, inet("192.0.2.1:56324", "198.51.100.2:443"));
+    for end in V2_SIGNATURE.len()..header.length {
+        assert_eq!(proxy::read_datagram(&datagram[..end]), Err(ProxyError::Truncated), "{end} bytes");
+    }
+    for none in [&datagram[1..], &datagram[..11], b"", b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"] {
+        assert_eq!(proxy::read_datagram(none), Ok(None));
+    }
+    assert_eq!(proxy::read_datagram(&v2(2, 0x12, &INET4)), Err(ProxyError::BadCommand));
+}
+
+#[test]
 fn what_came_is_passed_on_and_what_is_missing_added() {
     let came = [
         &[tlv::NOOP, 0, 2, 0, 0][..],

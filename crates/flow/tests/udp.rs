@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use allocation::Timestamp;
 use flow::TICK;
-use flow::udp::{Expiry, Flows, Refusal, Tuning, Tuple};
+use flow::udp::{Announced, Expiry, Flows, Refusal, Tuning, Tuple};
 
 const SEEDS: u64 = 2_000;
 const STEPS: u64 = 400;
@@ -94,6 +94,19 @@ impl World {
         Tuple::new((client % 2) as u16, address, None)
     }
 
+    /// Some come through a proxy, which has one socket for all of them.
+    fn announced(client: u64) -> Option<Announced> {
+        let at = |host: u8| std::net::SocketAddr::from(([192, 0, 2, host], 1_000 + client as u16));
+        (client % 4 == 3).then(|| Announced::new(Self::tuple(CLIENTS), at(1), at(2)))
+    }
+
+    fn find(&self, client: u64) -> Option<u32> {
+        match Self::announced(client) {
+            Some(announced) => self.flows.find_announced(&announced),
+            None => self.flows.find(&Self::tuple(client)),
+        }
+    }
+
     fn say(&self, what: impl FnOnce() -> String) {
         if self.verbose {
             println!("{:>6} ms  {}", self.now, what());
@@ -104,14 +117,18 @@ impl World {
         let client = self.below(CLIENTS);
         let datagrams = 1 + self.below(3) as u32;
         let named = self.shadows.iter().find(|(_, s)| s.named && s.client == client).map(|(index, _)| *index);
-        let found = self.flows.find(&Self::tuple(client));
+        let found = self.find(client);
         assert_eq!(found, named, "seed {}: client {client} has another flow", self.seed);
         self.say(|| format!("client {client} sends {datagrams} to {found:?}"));
         let index = match found {
             Some(index) => index,
             None => {
                 let full = self.shadows.len() >= self.flows_max;
-                let opened = self.flows.open(Self::tuple(client), client, self.now(), &self.tuning);
+                let now = self.now();
+                let opened = match Self::announced(client) {
+                    Some(announced) => self.flows.open_announced(announced, client, now, &self.tuning),
+                    None => self.flows.open(Self::tuple(client), client, now, &self.tuning),
+                };
                 assert_eq!(opened.is_err(), full, "seed {}: the bound is {}", self.seed, self.flows_max);
                 let Ok(index) = opened else {
                     self.seen.full += 1;

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use allocation::{Policy, PoolName};
 use flow::preface::Route;
+use flow::preface::proxy::Version;
 use registry::{PoolConfig, Requirements};
 use toml::Spanned;
 use toml::de::DeTable;
@@ -306,7 +307,9 @@ impl Config {
         let access_log = limits::access_log(root.section("access_log"));
         let (pools, told) = pool::read(&mut root).unzip();
         let known = pools.as_deref().filter(|_| !broken);
-        let listeners = read_listeners(&mut root, known, &mut bound);
+        let told: Option<Vec<pool::Told>> = told;
+        let v1 = pool::with_header_of(Version::V1, known, told.as_deref());
+        let listeners = read_listeners(&mut root, known, &v1, &mut bound);
         let upstreams = upstream::read(&mut root, listeners.as_deref().filter(|_| !broken));
         let providers = provider::read(&mut root, known);
         let dns = dns::read(&mut root, listeners.as_deref());
@@ -482,10 +485,12 @@ fn parse_source_address(text: &str) -> Result<IpAddr, Problem> {
     }
 }
 
-/// The listeners, or `None` when one has no usable address or pool. `pools` is `None` when they are not all known.
+/// The listeners, or `None` when one has no usable address or pool. `pools` is `None` when they are not all known; `v1` are those
+/// whose resources are sent a header of version 1.
 fn read_listeners(
     root: &mut Section<'_, '_>,
     pools: Option<&[PoolConfig]>,
+    v1: &[&PoolName],
     bound: &mut Bound,
 ) -> Option<Vec<ListenerConfig>> {
     let mut listeners = Some(Vec::new());
@@ -501,7 +506,9 @@ fn read_listeners(
         if is_udp == Some(true) {
             udp::refuse_what_is_of_tcp(&mut section);
         }
-        let udp = udp::read(section.section("udp"), is_udp);
+        let proxy_protocol = routing::proxy_protocol(&mut section, is_udp == Some(true));
+        let speaks_proxy = section.has("proxy_protocol");
+        let udp = udp::read(section.section("udp"), is_udp, speaks_proxy);
         if let Some(bind) = &bind {
             for address in bind.get_ref().addresses() {
                 bound.claim(section.reader(), "listener.bind", address, bind.span().start);
@@ -512,9 +519,15 @@ fn read_listeners(
         {
             section.reader().report(pool.span().start, problem);
         }
-        let proxy_protocol = routing::proxy_protocol(&mut section);
         let at = bind.as_ref().map(|bind| *bind.get_ref());
-        let routes = routing::routes(&mut section, at, pool.as_ref().map(Spanned::get_ref), pools);
+        let without_datagrams = if is_udp == Some(true) { v1 } else { &[] };
+        if let Some(pool) = &pool
+            && let Some(problem) = routing::no_datagrams("listener.pool", pool.get_ref(), without_datagrams)
+        {
+            section.reader().report(pool.span().start, problem);
+        }
+        let own = pool.as_ref().map(Spanned::get_ref);
+        let routes = routing::routes(&mut section, at, own, pools, without_datagrams);
         match (at, pool, routes, &mut listeners) {
             (Some(bind), Some(pool), Some((routes, further)), Some(listeners)) => {
                 listeners.push(ListenerConfig {

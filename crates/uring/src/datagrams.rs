@@ -56,6 +56,36 @@ pub struct Part {
     pub length: u32,
 }
 
+/// The datagrams of a train of these parts, each with a part of its own. Every part but the last is whole datagrams of
+/// `segment` bytes (0: all of them are one datagram).
+fn cut(parts: &[Part], segment: u32) -> impl Iterator<Item = Part> {
+    parts.iter().flat_map(move |part| {
+        let Part { buffer, start, length } = *part;
+        let step = if segment == 0 { length.max(1) } else { segment };
+        (0..length.div_ceil(step)).map(move |n| Part {
+            buffer,
+            start: start + n * step,
+            length: step.min(length - n * step),
+        })
+    })
+}
+
+/// What is sent for a train whose datagrams have a header each, in order: `None` stands for the header. An empty datagram is a
+/// header alone.
+pub(crate) fn headed(parts: &[Part], segment: u32) -> impl Iterator<Item = Option<Part>> {
+    let one = segment == 0;
+    let first = one.then_some(None);
+    first.into_iter().chain(cut(parts, segment).flat_map(move |part| {
+        let header = (!one).then_some(None);
+        header.into_iter().chain(std::iter::once(Some(part)))
+    }))
+}
+
+/// What the kernel must be told to cut such a train by.
+pub(crate) const fn headed_segment(segment: u32, header: &[u8]) -> u32 {
+    if segment == 0 { 0 } else { segment + header.len() as u32 }
+}
+
 /// Reads what a completion left in a buffer. `None`: it is cut off, or from no internet address.
 pub(crate) fn parse(bytes: &[u8]) -> Option<Datagrams> {
     let number = |at: usize| Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk::<4>()?));
@@ -226,6 +256,22 @@ pub fn send_message<'a>(
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
+/// Sends the parts as [`crate::Ring::send_headed`] does, at once; for engines that have no sends of their own. `bytes` gives a
+/// part's.
+///
+/// # Errors
+/// As `sendmsg(2)`.
+pub fn send_headed_message<'a>(
+    socket: BorrowedFd<'_>,
+    header: &'a [u8],
+    parts: &[Part],
+    segment: u32,
+    bytes: impl Fn(Part) -> &'a [u8],
+) -> io::Result<usize> {
+    let pieces = headed(parts, segment).map(|piece| piece.map_or(header, &bytes));
+    send_message(socket, (None, None), pieces, headed_segment(segment, header))
+}
+
 /// What queued sends of datagrams point to. The kernel has read all of it when it has taken the submission: datagrams are sent
 /// at once or not at all (`MSG_DONTWAIT`), and never wait inside it.
 #[derive(Debug)]
@@ -234,6 +280,8 @@ pub(crate) struct Messages {
     controls: Vec<Control>,
     addresses: Vec<libc::sockaddr_storage>,
     parts: Vec<libc::iovec>,
+    /// What is sent before datagrams and is in no buffer.
+    prefixes: Vec<u8>,
 }
 
 // SAFETY: the pointers in it are into its own memory and into the buffers of the ring that owns it; nothing of them is bound to
@@ -244,11 +292,19 @@ unsafe impl Send for Messages {}
 const MESSAGES_MAX: usize = 512;
 /// Parts of them.
 const PARTS_MAX: usize = 4_096;
+/// Bytes that are in no buffer: as many as the largest datagram.
+const PREFIX_BYTES_MAX: usize = 64 * 1_024;
 
 impl Messages {
     /// No memory before the first send: who has no datagrams pays nothing.
     pub(crate) const fn new() -> Self {
-        Self { headers: Vec::new(), controls: Vec::new(), addresses: Vec::new(), parts: Vec::new() }
+        Self {
+            headers: Vec::new(),
+            controls: Vec::new(),
+            addresses: Vec::new(),
+            parts: Vec::new(),
+            prefixes: Vec::new(),
+        }
     }
 
     /// Whether a send of so many parts must wait until the queue is handed over.
@@ -258,12 +314,31 @@ impl Messages {
             || self.parts.len() + parts > PARTS_MAX
     }
 
+    /// Whether a send with so many bytes of its own must wait until the queue is handed over.
+    pub(crate) fn is_full_of_prefixes(&self, bytes: usize) -> bool {
+        self.prefixes.len() + bytes > PREFIX_BYTES_MAX
+    }
+
+    /// Keeps bytes until [`Messages::clear`].
+    ///
+    /// # Panics
+    /// If there is no room; see [`Messages::is_full_of_prefixes`].
+    pub(crate) fn prefix(&mut self, bytes: &[u8]) -> (*const u8, u32) {
+        // They must not move: it never grows beyond what it reserves at first.
+        assert!(!self.is_full_of_prefixes(bytes.len()), "no room for {} bytes", bytes.len());
+        self.prefixes.reserve_exact(PREFIX_BYTES_MAX - self.prefixes.len());
+        let at = self.prefixes.len();
+        self.prefixes.extend_from_slice(bytes);
+        (self.prefixes[at..].as_ptr(), bytes.len() as u32)
+    }
+
     /// The kernel has read it all.
     pub(crate) fn clear(&mut self) {
         self.headers.clear();
         self.controls.clear();
         self.addresses.clear();
         self.parts.clear();
+        self.prefixes.clear();
     }
 
     /// Keeps an address until [`Messages::clear`].

@@ -10,7 +10,9 @@ use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 
 use crate::buffers::{BufferPool, Group};
-use crate::datagrams::{CONTROL_BYTES, Control, Datagrams, Local, Messages, NAME_BYTES, Part};
+use crate::datagrams::{
+    CONTROL_BYTES, Control, Datagrams, Local, Messages, NAME_BYTES, Part, headed, headed_segment,
+};
 use crate::token::{Op, Token};
 
 /// How large a ring is.
@@ -373,6 +375,35 @@ impl Ring {
             }
         };
         self.push(&entry, token)
+    }
+
+    /// As [`Ring::send_datagrams`] on a connected socket, with `header` before each of the datagrams. It is copied.
+    ///
+    /// # Panics
+    /// If a buffer is not held, or the header is longer than a datagram.
+    pub fn send_headed(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        header: &[u8],
+        parts: &[Part],
+        segment: u32,
+        token: Token,
+    ) -> Result<(), EnterError> {
+        self.make_room()?;
+        let pieces = headed(parts, segment).count();
+        while self.messages.is_full(pieces) || self.messages.is_full_of_prefixes(header.len()) {
+            self.submit()?;
+        }
+        let Self { pool, messages, .. } = self;
+        let header_at = messages.prefix(header);
+        let pieces = headed(parts, segment).map(|piece| match piece {
+            Some(part) => (pool.held_bytes(part.buffer, part.start, part.length), part.length),
+            None => header_at,
+        });
+        let control = Control::new(headed_segment(segment, header), None);
+        let message = messages.message(None, control, pieces);
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        self.push(&opcode::SendMsg::new(fd(socket), message).flags(flags as u32).build(), token)
     }
 
     /// One completion when there is something to read, the end of the stream, or an error.

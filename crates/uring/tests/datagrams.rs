@@ -74,6 +74,48 @@ fn a_train_is_received_at_once_and_goes_out_at_once() {
 }
 
 #[test]
+fn every_datagram_of_a_train_has_its_header() {
+    let (mut ring, mut seen) = (ring(), Vec::new());
+    let ((ours, at), (theirs, _)) = (socket("127.0.0.1:0"), socket("127.0.0.1:0"));
+    ring.recv_datagrams(ours.as_fd(), RECV).unwrap();
+    theirs.send_to(b"abcdefgh", at).unwrap();
+    let eight = next(&mut ring, &mut seen, Op::Datagrams);
+    let (buffer, datagram) =
+        (eight.buffer.unwrap(), ring.datagrams(eight.buffer.unwrap(), eight.result).unwrap());
+    let part = |from, length| Part { buffer, start: datagram.start + from, length };
+    let (out, _) = socket("127.0.0.1:0");
+    out.connect(theirs.local_addr().unwrap()).unwrap();
+    let parts = [part(0, 6), part(6, 2)];
+    let mut expect = |parts: &[Part], segment, expected: &[&[u8]]| {
+        // Not kept by us: it is copied.
+        let header = b"head:".to_vec();
+        ring.send_headed(out.as_fd(), &header, parts, segment, SEND).unwrap();
+        drop(header);
+        let length: usize = expected.iter().map(|one| one.len()).sum();
+        assert_eq!(next(&mut ring, &mut seen, Op::SendDatagrams).result as usize, length);
+        let mut back = [0; 20];
+        for expected in expected {
+            let length = theirs.recv(&mut back).unwrap();
+            assert_eq!(&back[..length], *expected);
+        }
+    };
+    expect(&parts, 3, &[b"head:abc", b"head:def", b"head:gh"]);
+    expect(&parts[..1], 0, &[b"head:abcdef"]);
+    expect(&[], 0, &[b"head:"]);
+    expect(&[part(0, 0)], 0, &[b"head:"]);
+    // More headers than are kept until the kernel has read them.
+    for n in 0..10_u8 {
+        ring.send_headed(out.as_fd(), &[n; 8_000], &parts[..1], 0, SEND).unwrap();
+    }
+    for n in 0..10_u8 {
+        assert_eq!(next(&mut ring, &mut seen, Op::SendDatagrams).result, 8_006);
+        let mut back = vec![0; 9_000];
+        let length = theirs.recv(&mut back).unwrap();
+        assert_eq!((&back[..8_000], &back[8_000..length]), (&[n; 8_000][..], &b"abcdef"[..]));
+    }
+}
+
+#[test]
 fn an_empty_datagram_is_one_and_ends_the_receive() {
     let (mut ring, mut seen) = (ring(), Vec::new());
     let ((ours, at), (theirs, client)) = (socket("127.0.0.1:0"), socket("127.0.0.1:0"));

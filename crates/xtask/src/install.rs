@@ -53,6 +53,9 @@ const GROUPS: &[Group] = &[
             "busybox-static",
             "bind9",
             "bind9-dnsutils",
+            // Who send and take PROXY headers before datagrams.
+            "dnsdist",
+            "unbound",
             "knot",
             "pdns-server",
             "pdns-backend-sqlite3",

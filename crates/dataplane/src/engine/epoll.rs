@@ -27,7 +27,7 @@ use uring::{
     BufferPool, Completion, Datagrams, EnterError, Group, Lent, Local, Part, Setup, SetupError, Token, Wait,
 };
 
-use super::readiness::{Mix, Turn, accept, begin_connect, receive_datagrams, send_datagrams};
+use super::readiness::{Mix, Turn, accept, begin_connect, receive_datagrams, send_datagrams, send_headed};
 use crate::io::Io;
 
 /// Buffers that one multishot receive fills a turn: the kernel's own bound for a ring is 32, of which a half takes 8 at most.
@@ -458,6 +458,19 @@ impl Io for Epoll {
         token: Token,
     ) -> Result<(), EnterError> {
         let result = send_datagrams(&self.pool, socket, route, parts, segment);
+        self.complete(token, result, false);
+        Ok(())
+    }
+
+    fn send_headed(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        header: &[u8],
+        parts: &[Part],
+        segment: u32,
+        token: Token,
+    ) -> Result<(), EnterError> {
+        let result = send_headed(&self.pool, socket, header, parts, segment);
         self.complete(token, result, false);
         Ok(())
     }

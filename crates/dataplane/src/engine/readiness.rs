@@ -95,7 +95,23 @@ pub(super) fn send_datagrams(
     segment: u32,
 ) -> i32 {
     let bytes = parts.iter().map(|part| pool.bytes(part.buffer, part.start, part.length));
-    match uring::send_message(socket, route, bytes, segment) {
+    result_of(uring::send_message(socket, route, bytes, segment))
+}
+
+/// The same on a connected socket, with `header` before each datagram.
+pub(super) fn send_headed(
+    pool: &BufferPool,
+    socket: BorrowedFd<'_>,
+    header: &[u8],
+    parts: &[Part],
+    segment: u32,
+) -> i32 {
+    let bytes = |part: Part| pool.bytes(part.buffer, part.start, part.length);
+    result_of(uring::send_headed_message(socket, header, parts, segment, bytes))
+}
+
+fn result_of(sent: std::io::Result<usize>) -> i32 {
+    match sent {
         Ok(sent) => sent as i32,
         Err(error) => -error.raw_os_error().unwrap_or_else(|| Errno::IO.raw_os_error()),
     }

@@ -40,7 +40,7 @@ use uring::{
 };
 
 use super::aside::{Aside, For};
-use super::readiness::{Mix, Turn, accept, begin_connect, receive_datagrams, send_datagrams};
+use super::readiness::{Mix, Turn, accept, begin_connect, receive_datagrams, send_datagrams, send_headed};
 use crate::io::Io;
 
 /// How long an enter that should not wait may take at most: `tokio-uring` hands operations over when its thread sleeps.
@@ -541,6 +541,19 @@ impl Io for TokioUring {
         token: Token,
     ) -> Result<(), EnterError> {
         let result = send_datagrams(&self.state.pool, socket, route, parts, segment);
+        self.state.complete(token, result);
+        Ok(())
+    }
+
+    fn send_headed(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        header: &[u8],
+        parts: &[Part],
+        segment: u32,
+        token: Token,
+    ) -> Result<(), EnterError> {
+        let result = send_headed(&self.state.pool, socket, header, parts, segment);
         self.state.complete(token, result);
         Ok(())
     }

@@ -16,7 +16,7 @@ use super::{ACCEPT_REST, Worker};
 use crate::io::Io;
 
 /// Which door of which listener.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DoorAt {
     pub(super) listener: u16,
     pub(super) door: u16,
@@ -24,10 +24,14 @@ pub(super) struct DoorAt {
 
 impl DoorAt {
     pub(super) const fn token(self) -> Token {
-        Token::new(Op::Accept, (self.door as u32) << 16 | self.listener as u32, 0)
+        self.token_for(Op::Accept)
     }
 
-    const fn of(token: Token) -> Self {
+    pub(super) const fn token_for(self, op: Op) -> Token {
+        Token::new(op, (self.door as u32) << 16 | self.listener as u32, 0)
+    }
+
+    pub(super) const fn of(token: Token) -> Self {
         Self { listener: token.slot as u16, door: (token.slot >> 16) as u16 }
     }
 }

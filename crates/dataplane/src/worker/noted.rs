@@ -106,16 +106,16 @@ impl<I: Io> Worker<I> {
         self.write_line(noted, ended);
     }
 
-    /// The same for a flow of datagrams, which goes to the default pool and waits for nobody.
+    /// The same for a flow of datagrams, which waits for nobody.
     pub(super) fn log_udp(
         &self,
         noted: Option<Box<Noted>>,
-        listener: u16,
+        (listener, target): (u16, u16),
         began_micros: u64,
         reason: CloseReason,
         shed: Option<Shed>,
     ) {
-        let (target, protocol, queue_micros) = (0, Protocol::Udp, 0);
+        let (protocol, queue_micros) = (Protocol::Udp, 0);
         self.write_line(
             noted,
             Ended { listener, target, protocol, began_micros, queue_micros, reason, shed },

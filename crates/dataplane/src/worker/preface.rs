@@ -98,19 +98,13 @@ impl Sorter {
     }
 
     pub(super) fn sort(&self, client: &OwnedFd, port: u16) -> Sorted {
-        if self.wants.proxy.is_some() {
-            let trusts = |address: SocketAddr| {
-                let address = address.ip().to_canonical();
-                self.trusted.iter().any(|network| network.contains(&address))
-            };
-            if !peer_address(client.as_fd()).is_some_and(trusts) {
-                return Sorted::Not(Shed::ProxyUntrusted);
-            }
+        if self.names_client() && !peer_address(client.as_fd()).is_some_and(|peer| self.trusts(peer)) {
+            return Sorted::Not(Shed::ProxyUntrusted);
         }
         if !self.wants.nothing() {
             return Sorted::Reading(Box::new(ClientPreface {
                 reading: Preface::new(self.wants),
-                names_client: self.wants.proxy.is_some(),
+                names_client: self.names_client(),
                 port,
                 seen: None,
                 need: 1,
@@ -123,6 +117,22 @@ impl Sorter {
         }
         let client = self.client_if_wanted(|| peer_address(client.as_fd()));
         Sorted::To(self.routes.select(&Facts { client, port, hello: None }))
+    }
+
+    /// Whether headers say who clients are.
+    pub(super) fn names_client(&self) -> bool {
+        self.wants.proxy.is_some()
+    }
+
+    /// Whether a header from there is believed.
+    pub(super) fn trusts(&self, peer: SocketAddr) -> bool {
+        let peer = peer.ip().to_canonical();
+        self.trusted.iter().any(|network| network.contains(&peer))
+    }
+
+    /// Where a flow goes of which nothing more will be known.
+    pub(super) fn route(&self, client: SocketAddr, port: u16) -> Routed {
+        self.routes.select(&Facts { client: Some(client.ip()), port, hello: None })
     }
 
     fn client_if_wanted(&self, client: impl FnOnce() -> Option<SocketAddr>) -> Option<IpAddr> {
@@ -151,7 +161,7 @@ impl Prefaces {
     }
 
     /// In text, because people read it in logs.
-    fn unique_id(&mut self) -> String {
+    pub(super) fn unique_id(&mut self) -> String {
         self.ids += 1;
         format!("{:016x}{:016x}", self.seed, self.ids)
     }

@@ -19,7 +19,7 @@ use crate::stats::Shed;
 use crate::towards::{Spent, Towards};
 
 pub(super) struct Listener {
-    /// One for each port; a listener of datagrams has one.
+    /// One for each port.
     pub(super) doors: Box<[Door]>,
     pub(super) backlog: u16,
     /// It was cancelled, to close the socket.
@@ -159,7 +159,11 @@ pub(super) enum Nodelay {
 impl Listener {
     /// `seed` gives another one each time; `udp_retries`: further backends that are tried when one refuses datagrams.
     pub(super) fn new(setup: ListenerSetup, worker: usize, udp_retries: u8, seed: impl Fn() -> u64) -> Self {
-        let udp = |(config, address, shared)| UdpListener::new(&config, address, udp_retries, shared);
+        let targets = setup.targets.len();
+        let proxy = setup.sorter.as_ref().is_some_and(Sorter::names_client);
+        let udp = |(config, address, shared)| {
+            UdpListener::new(&config, address, udp_retries, shared, targets, proxy)
+        };
         let door = |(port, socket)| Door { port, socket: Some(socket), armed: false };
         let target = |target| Target::new(target, worker, seed());
         Self {

@@ -598,6 +598,105 @@ fn slow_readers_hold_back_their_writers_and_nobody_else() {
     proxy.finish();
 }
 
+/// A flow of which one side writes and the other does not read.
+struct Blocked {
+    writer: TcpStream,
+    reader: TcpStream,
+    client_writes: bool,
+    sent: u64,
+}
+
+/// So many flows whose writers have written until nothing was taken any more: every second time the client.
+fn blocked(proxy: &Proxy, connections: &std::sync::mpsc::Receiver<TcpStream>, flows: usize) -> Vec<Blocked> {
+    let begin = |n: usize| {
+        let (client, backend) = (small(proxy.client()), small(connections.recv_timeout(PATIENCE).unwrap()));
+        let client_writes = n.is_multiple_of(2);
+        let (writer, reader) = if client_writes { (client, backend) } else { (backend, client) };
+        writer.set_nonblocking(true).unwrap();
+        Blocked { writer, reader, client_writes, sent: 0 }
+    };
+    let mut flows: Vec<_> = (0..flows).map(begin).collect();
+    let (block, mut last_taken) = ([7; 64 * 1024], Instant::now());
+    while last_taken.elapsed() < Duration::from_millis(300) {
+        for flow in &mut flows {
+            match flow.writer.write(&block) {
+                Ok(bytes) => (flow.sent, last_taken) = (flow.sent + bytes as u64, Instant::now()),
+                Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+            }
+        }
+    }
+    flows
+}
+
+/// Nothing is read from a writer that is held back, so nothing but a poll for errors can tell of its reset.
+#[test]
+fn a_reset_by_a_writer_that_is_held_back_reaches_a_reader_that_does_not_read() {
+    // More than are spliced at once, so that some are held back with buffers.
+    const FLOWS: usize = 48;
+    let (accepted, connections) = std::sync::mpsc::channel();
+    let backend = server(move |stream| drop(accepted.send(stream)));
+    let proxy = Proxy::with_small_buffers(backend, |_| ());
+    let mut readers = Vec::new();
+    for (n, flow) in blocked(&proxy, &connections, FLOWS).into_iter().enumerate() {
+        if n % 4 >= 2 {
+            // One that waits behind the bytes makes no difference.
+            flow.writer.shutdown(Shutdown::Write).unwrap();
+        }
+        reset(flow.writer);
+        readers.push((flow.reader, flow.sent));
+    }
+    // Not one byte is read until then.
+    eventually("the flows end", || proxy.snapshot().flows_open == 0);
+    let resets = ["client_reset", "backend_reset"].map(|reason| proxy.closed(reason));
+    assert_eq!(resets, [FLOWS as u64 / 2; 2], "each as a reset by its writer");
+    for (mut reader, sent) in readers {
+        let (mut read, mut block) = (0, vec![0; 64 * 1024]);
+        let end = loop {
+            match reader.read(&mut block) {
+                Ok(0) => break None,
+                Ok(bytes) => read += bytes as u64,
+                Err(error) => break Some(error.kind()),
+            }
+        };
+        assert_eq!(end, Some(ErrorKind::ConnectionReset), "a torn stream does not end in order");
+        assert!(read < sent, "{read} of {sent} bytes: it was not held back");
+    }
+    proxy.finish();
+}
+
+/// A FIN behind bytes that wait is no reason to end, nor are two.
+#[test]
+fn a_writer_that_is_held_back_may_send_its_fin() {
+    const FLOWS: usize = 48;
+    let (accepted, connections) = std::sync::mpsc::channel();
+    let backend = server(move |stream| drop(accepted.send(stream)));
+    let proxy = Proxy::with_small_buffers(backend, |_| ());
+    let flows = blocked(&proxy, &connections, FLOWS);
+    for (n, Blocked { writer, reader, .. }) in flows.iter().enumerate() {
+        writer.set_nonblocking(false).unwrap();
+        if n % 4 >= 2 {
+            reader.shutdown(Shutdown::Write).unwrap();
+            assert_eq!({ writer }.read(&mut [0; 1]).unwrap(), 0, "the reader's FIN comes through");
+        }
+        writer.shutdown(Shutdown::Write).unwrap();
+    }
+    // For longer than a flow that dies would last; and then the worker has done next to nothing.
+    let (before, until) = (proxy.view.engine(), Instant::now() + Duration::from_millis(2_500));
+    while Instant::now() < until {
+        assert_eq!(proxy.snapshot().flows_open, FLOWS as u64, "some were ended");
+        thread::sleep(Duration::from_millis(50));
+    }
+    let done = proxy.view.engine().completions - before.completions;
+    assert!(done < 20 * FLOWS as u64, "{done} completions while nothing happens: it spins");
+    for Blocked { writer, mut reader, client_writes, sent } in flows {
+        let read = io::copy(&mut reader, &mut io::sink()).unwrap();
+        assert_eq!(read, sent, "all of it, client_writes={client_writes}");
+        drop(writer);
+    }
+    eventually("they end in order", || proxy.closed("ended") == FLOWS as u64);
+    proxy.finish();
+}
+
 /// One that has sent its FIN and then reads slowly, or not at all, may hold nobody's processor and no thread of the kernel.
 #[test]
 fn who_has_sent_fin_and_does_not_read_costs_nothing() {

@@ -10,13 +10,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use aes::Aes128;
-use aes::cipher::{BlockCipherEncrypt, KeyInit};
 use allocation::telemetry::{DataplaneView, ListenerSnapshot};
 use allocation::{AllocationTable, Backend, LiveFacts, Members, Policy, Publisher};
-use dataplane::{Config, Dataplane, Engine, ListenerConfig, ServerIdForm, ServerIdKeys, UdpConfig};
+use dataplane::{Config, Dataplane, Engine, ListenerConfig, ServerIdForm, ServerIdKeys, UdpConfig, aes128};
 
 use crate::common::{PATIENCE, engine_of, eventually};
+
+#[path = "udp_preface.rs"]
+mod preface;
 
 /// The engine under test.
 fn engine() -> Engine {
@@ -584,19 +585,19 @@ fn a_server_id_that_is_encrypted_is_found_with_its_key() {
     let key = [0x5a; 16];
     let proxy = Proxy::at(&any(), Policy::RoundRobin, &backends, 1, |udp| {
         let mut keys = ServerIdKeys::new(10);
-        assert!(keys.insert(2, key));
+        assert!(keys.insert(2, key, aes128(key)));
         udp.quic = true;
         udp.quic_server_id = Some(ServerIdForm::Ipv4Port);
         udp.quic_keys = Some(Arc::new(keys));
     });
-    let cipher = Aes128::new(&key.into());
+    let cipher = aes128(key);
     for (name, backend) in backends.iter().enumerate() {
         for nonce in 0..5_u8 {
             let port = backend.port().to_be_bytes();
             let IpAddr::V4(ip) = backend.ip() else { unreachable!() };
             let mut block = [0; 16];
             block.copy_from_slice(&[&ip.octets()[..], &port, &[nonce; 10]].concat());
-            cipher.encrypt_block((&mut block).into());
+            cipher.encrypt(&mut block);
             assert_eq!(ask(&proxy.client(), &[&[0x40, 0x50][..], &block].concat()), [name as u8]);
         }
     }

@@ -222,6 +222,9 @@ pub enum ProxyError {
     /// The checksum is wrong, or there are two.
     #[error("the CRC32C is wrong")]
     BadChecksum,
+    /// A datagram ends within its header.
+    #[error("the datagram ends within its PROXY header")]
+    Truncated,
     /// A unique id of more bytes than the protocol allows.
     #[error("the unique id is longer than {UNIQUE_ID_MAX} bytes")]
     BadUniqueId,
@@ -255,6 +258,22 @@ pub fn read(bytes: &[u8], accepts: Accepts) -> Result<Progress<Header<'_>>, Prox
     match version {
         Version::V1 => read_v1(bytes),
         Version::V2 => read_v2(bytes),
+    }
+}
+
+/// Reads the header that a datagram begins with; `None`: it begins with none. Only version 2 has datagrams (§2.1). Whether the
+/// header says that the client came over a stream is no matter: a proxy may have asked by datagram for a client of its TCP.
+///
+/// # Errors
+/// What is wrong with the header.
+pub fn read_datagram(datagram: &[u8]) -> Result<Option<Header<'_>>, ProxyError> {
+    if !datagram.starts_with(&V2_SIGNATURE) {
+        return Ok(None);
+    }
+    match read_v2(datagram)? {
+        Progress::Done(header) => Ok(Some(header)),
+        // The rest of a datagram does not come later.
+        Progress::More(_) => Err(ProxyError::Truncated),
     }
 }
 

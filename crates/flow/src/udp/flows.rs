@@ -9,7 +9,7 @@
 //!                                      └──> (slot is free, next generation)
 //! ```
 //!
-//! Invariants: a tuple names one flow at most; a flow keeps its slot until [`Flows::remove`]; an ended flow has no tuple and no
+//! Invariants: a tuple (or, behind a proxy, what it announces) names one flow at most; a flow keeps its slot until [`Flows::remove`]; an ended flow has no tuple and no
 //! timer; there are never more than `flows_max` that are not ended.
 
 use std::collections::HashMap;
@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use allocation::Timestamp;
 
-use super::tuple::{Keyed, Tuple};
+use super::tuple::{Announced, Keyed, Tuple};
 use crate::TimerWheel;
 
 /// How long a backend must stay silent about a datagram until it is taken to have got it: an ICMP error comes within a round
@@ -81,6 +81,8 @@ pub struct Flows<T> {
     slots: Vec<Slot<T>>,
     free: Vec<u32>,
     named: HashMap<Tuple, u32, Keyed>,
+    /// Those whose client a proxy names.
+    announced: HashMap<Announced, u32, Keyed>,
     wheel: TimerWheel,
     /// Flows that are not ended.
     open: usize,
@@ -95,9 +97,17 @@ struct Slot<T> {
     flow: Option<Flow<T>>,
 }
 
+/// What a flow is found by.
+#[derive(Debug, Clone)]
+enum Name {
+    Tuple(Tuple),
+    /// On the heap: few flows come through a proxy, and the others should not be larger for them.
+    Announced(Box<Announced>),
+}
+
 #[derive(Debug)]
 struct Flow<T> {
-    tuple: Tuple,
+    name: Name,
     named: bool,
     ended: bool,
     /// Datagrams of the client, and answers to them from the backend it has now.
@@ -125,6 +135,7 @@ impl<T> Flows<T> {
             slots: Vec::new(),
             free: Vec::new(),
             named: HashMap::with_hasher(Keyed::new(seed)),
+            announced: HashMap::with_hasher(Keyed::new(seed)),
             wheel: TimerWheel::new(now),
             open: 0,
             flows_max,
@@ -152,16 +163,39 @@ impl<T> Flows<T> {
         self.named.get(tuple).copied()
     }
 
+    /// The flow that this datagram of a proxy's client belongs to.
+    pub fn find_announced(&self, announced: &Announced) -> Option<u32> {
+        self.announced.get(announced).copied()
+    }
+
     /// Opens a flow, which the tuple names from now on.
     ///
     /// # Errors
     /// [`Full`] at the bound.
     pub fn open(&mut self, tuple: Tuple, value: T, now: Timestamp, tuning: &Tuning) -> Result<u32, Full> {
+        self.open_as(Name::Tuple(tuple), value, now, tuning)
+    }
+
+    /// The same for a flow whose client a proxy names.
+    ///
+    /// # Errors
+    /// [`Full`] at the bound.
+    pub fn open_announced(
+        &mut self,
+        announced: Announced,
+        value: T,
+        now: Timestamp,
+        tuning: &Tuning,
+    ) -> Result<u32, Full> {
+        self.open_as(Name::Announced(Box::new(announced)), value, now, tuning)
+    }
+
+    fn open_as(&mut self, name: Name, value: T, now: Timestamp, tuning: &Tuning) -> Result<u32, Full> {
         if self.open >= self.flows_max {
             return Err(Full);
         }
         let flow = Flow {
-            tuple,
+            name: name.clone(),
             named: true,
             ended: false,
             asked: 0,
@@ -182,7 +216,11 @@ impl<T> Flows<T> {
                 (self.slots.len() - 1) as u32
             }
         };
-        if let Some(before) = self.named.insert(tuple, index) {
+        let before = match name {
+            Name::Tuple(tuple) => self.named.insert(tuple, index),
+            Name::Announced(announced) => self.announced.insert(*announced, index),
+        };
+        if let Some(before) = before {
             // The caller did not look. The older flow goes on without a name.
             if let Some(flow) = self.flow_mut(before) {
                 flow.named = false;
@@ -240,8 +278,10 @@ impl<T> Flows<T> {
     pub fn unname(&mut self, index: u32) {
         if let Some(flow) = self.open_mut(index).filter(|flow| flow.named) {
             flow.named = false;
-            let tuple = flow.tuple;
-            self.named.remove(&tuple);
+            match flow.name.clone() {
+                Name::Tuple(tuple) => self.named.remove(&tuple),
+                Name::Announced(announced) => self.announced.remove(&*announced),
+            };
         }
     }
 

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! datagram from a client ── Tuple ──> Flows: known ──> its backend
+//!  of a proxy's client ── Announced ────┤
 //!                                       └─ new ──> (QUIC: Cids, ServerIds) ──> select ──> Flows::open
 //! datagram from a backend ── its socket ──> Flows::answered ──> the client; over when all is answered
 //! ICMP port unreachable ──> Flows::refused ──> another backend, once, or the end
@@ -14,12 +15,14 @@ mod cids;
 mod flows;
 mod quic;
 mod quic_lb;
+mod speakers;
 mod train;
 mod tuple;
 
 pub use cids::Cids;
 pub use flows::{Answer, Expiry, Flows, Full, Refusal, Tuning};
 pub use quic::{CID_MAX, Cid, Header, ServerIdForm, ServerIds, source_cid};
-pub use quic_lb::{CONFIGS, NONCE_MIN, PLAINTEXT_MAX, ServerIdKeys};
+pub use quic_lb::{CONFIGS, Cipher, NONCE_MIN, PLAINTEXT_MAX, ServerIdKeys};
+pub use speakers::Speakers;
 pub use train::{SEGMENTS_MAX, TRAIN_BYTES_MAX, Train};
-pub use tuple::Tuple;
+pub use tuple::{Announced, Tuple};

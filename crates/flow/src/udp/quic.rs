@@ -166,6 +166,7 @@ impl<B: Copy> ServerIds<B> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::quic_lb::tests::aes;
     use super::*;
     use proptest::prelude::*;
 
@@ -230,8 +231,8 @@ mod tests {
         // Two of the draft's vectors (appendix B.2), as resources whose ids are three octets.
         let backends = [(1, "ed793a", "10.0.0.1:443".parse().unwrap())];
         let mut keys = ServerIdKeys::new(4);
-        let key = 0x8f95_f092_4576_5f80_2569_34e5_0c66_207f_u128;
-        assert!(keys.insert(0, key.to_be_bytes()) && keys.insert(1, [7; 16]));
+        let key = 0x8f95_f092_4576_5f80_2569_34e5_0c66_207f_u128.to_be_bytes();
+        assert!(keys.insert(0, key, aes(key)) && keys.insert(1, [7; 16], aes([7; 16])));
         let ids = ServerIds::new(ServerIdForm::Id(3), Some(Arc::new(keys)), backends);
         let cid = [0x07, 0x20, 0xb1, 0xd0, 0x7b, 0x35, 0x9d, 0x3c];
         let short = |first: u8| [&[0x41, first], &cid[1..], &[9; 20]].concat();

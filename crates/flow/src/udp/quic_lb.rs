@@ -5,9 +5,7 @@
 //! by a Feistel network of four rounds with AES-128 in them.
 
 use std::fmt;
-
-use aes::Aes128;
-use aes::cipher::{Array, BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
+use std::sync::Arc;
 
 /// Octets of the shortest nonce.
 pub const NONCE_MIN: u8 = 4;
@@ -20,11 +18,27 @@ const BLOCK: usize = 16;
 /// Octets of half a plaintext, at most.
 const HALF_MAX: usize = PLAINTEXT_MAX.div_ceil(2);
 
+/// AES-128 with a key (FIPS 197). Whoever uses this crate brings it.
+pub trait Cipher: Send + Sync {
+    /// Encrypts a block.
+    fn encrypt(&self, block: &mut [u8; BLOCK]);
+
+    /// Decrypts a block.
+    fn decrypt(&self, block: &mut [u8; BLOCK]);
+}
+
 /// The keys of the configurations that are in use, with the length of their nonces.
 #[derive(Clone)]
 pub struct ServerIdKeys {
     nonce: u8,
-    keys: [Option<([u8; BLOCK], Aes128)>; CONFIGS],
+    keys: [Option<Key>; CONFIGS],
+}
+
+#[derive(Clone)]
+struct Key {
+    /// To compare it.
+    key: [u8; BLOCK],
+    cipher: Arc<dyn Cipher>,
 }
 
 impl ServerIdKeys {
@@ -33,11 +47,11 @@ impl ServerIdKeys {
         Self { nonce, keys: [const { None }; CONFIGS] }
     }
 
-    /// With this key for the configuration; false: there is one already, or no such configuration.
-    pub fn insert(&mut self, config: u8, key: [u8; BLOCK]) -> bool {
+    /// With this key for the configuration, and the cipher that has it; false: there is one already, or no such configuration.
+    pub fn insert(&mut self, config: u8, key: [u8; BLOCK], cipher: Arc<dyn Cipher>) -> bool {
         match self.keys.get_mut(usize::from(config)) {
             Some(place @ None) => {
-                *place = Some((key, Aes128::new(&key.into())));
+                *place = Some(Key { key, cipher });
                 true
             }
             _ => false,
@@ -52,13 +66,13 @@ impl ServerIdKeys {
     /// The server id of so many octets, and what follows it, in an ID of that configuration whose octets behind the first
     /// are these. `None`: it has no key, or the ID is too short.
     pub(super) fn open(&self, config: u8, octets: &[u8], server_id: usize) -> Option<[u8; PLAINTEXT_MAX]> {
-        let (_, cipher) = self.keys.get(usize::from(config))?.as_ref()?;
+        let Key { cipher, .. } = self.keys.get(usize::from(config))?.as_ref()?;
         let octets = octets.get(..server_id + usize::from(self.nonce))?;
         let mut plain = [0; PLAINTEXT_MAX];
         plain.get_mut(..octets.len())?.copy_from_slice(octets);
         match plain.first_chunk_mut::<BLOCK>() {
-            Some(block) if octets.len() == BLOCK => cipher.decrypt_block(block.into()),
-            _ => Halves::split(octets).opened(cipher, server_id).join(&mut plain),
+            Some(block) if octets.len() == BLOCK => cipher.decrypt(block),
+            _ => Halves::split(octets).opened(&**cipher, server_id).join(&mut plain),
         }
         Some(plain)
     }
@@ -66,7 +80,7 @@ impl ServerIdKeys {
 
 impl PartialEq for ServerIdKeys {
     fn eq(&self, other: &Self) -> bool {
-        let keys = |of: &Self| of.keys.each_ref().map(|key| key.as_ref().map(|(key, _)| *key));
+        let keys = |of: &Self| of.keys.each_ref().map(|key| key.as_ref().map(|key| key.key));
         (self.nonce, keys(self)) == (other.nonce, keys(other))
     }
 }
@@ -123,22 +137,22 @@ impl Halves {
     }
 
     /// One half, altered by the other.
-    fn round(&mut self, cipher: &Aes128, pass: u8) {
+    fn round(&mut self, cipher: &dyn Cipher, pass: u8) {
         let (from, to) = match pass % 2 {
             1 => (&self.left, &mut self.right),
             _ => (&self.right, &mut self.left),
         };
         let half = self.length.div_ceil(2);
-        let mut block = Array::from([0; BLOCK]);
+        let mut block = [0; BLOCK];
         block[..half].copy_from_slice(&from[..half]);
         (block[14], block[15]) = (self.length as u8, pass);
-        cipher.encrypt_block(&mut block);
+        cipher.encrypt(&mut block);
         to[..half].iter_mut().zip(block).for_each(|(octet, with)| *octet ^= with);
         self.clear();
     }
 
     /// Decrypted, as far as the first `wanted` octets go.
-    fn opened(mut self, cipher: &Aes128, wanted: usize) -> Self {
+    fn opened(mut self, cipher: &dyn Cipher, wanted: usize) -> Self {
         for pass in [4, 3, 2] {
             self.round(cipher, pass);
         }
@@ -150,9 +164,26 @@ impl Halves {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use aes::cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
     use proptest::prelude::*;
+
+    struct Aes(aes::Aes128);
+
+    impl Cipher for Aes {
+        fn encrypt(&self, block: &mut [u8; BLOCK]) {
+            self.0.encrypt_block(block.into());
+        }
+
+        fn decrypt(&self, block: &mut [u8; BLOCK]) {
+            self.0.decrypt_block(block.into());
+        }
+    }
+
+    pub(in super::super) fn aes(key: [u8; BLOCK]) -> Arc<dyn Cipher> {
+        Arc::new(Aes(aes::Aes128::new(&key.into())))
+    }
 
     fn hex(digits: &str) -> Vec<u8> {
         digits
@@ -164,7 +195,8 @@ mod tests {
 
     fn keys(config: u8, key: &str, nonce: usize) -> ServerIdKeys {
         let mut keys = ServerIdKeys::new(nonce as u8);
-        assert!(keys.insert(config, hex(key).try_into().unwrap()));
+        let key = hex(key).try_into().unwrap();
+        assert!(keys.insert(config, key, aes(key)));
         keys
     }
 
@@ -191,7 +223,7 @@ mod tests {
     #[test]
     fn a_configuration_has_one_key_which_nobody_sees() {
         let mut keys = keys(2, "8f95f09245765f80256934e50c66207f", 8);
-        assert!(!keys.insert(2, [0; 16]) && !keys.insert(7, [0; 16]));
+        assert!(!keys.insert(2, [0; 16], aes([0; 16])) && !keys.insert(7, [0; 16], aes([0; 16])));
         assert!(!keys.is_empty() && ServerIdKeys::new(8).is_empty());
         assert_eq!(format!("{keys:?}"), "ServerIdKeys { nonce: 8, configs: [2] }");
         let other = self::keys(2, "8f95f09245765f80256934e50c662070", 8);
@@ -201,11 +233,11 @@ mod tests {
     proptest! {
         #[test]
         fn what_was_closed_is_opened(text in prop::collection::vec(any::<u8>(), 5..=19), key in any::<[u8; 16]>()) {
-            let cipher = Aes128::new(&key.into());
+            let cipher = aes(key);
             let mut closed = Halves::split(&text);
-            (1..=4).for_each(|pass| closed.round(&cipher, pass));
+            (1..=4).for_each(|pass| closed.round(&*cipher, pass));
             let mut opened = [0; PLAINTEXT_MAX];
-            closed.opened(&cipher, text.len()).join(&mut opened);
+            closed.opened(&*cipher, text.len()).join(&mut opened);
             prop_assert_eq!(&opened[..text.len()], &text[..]);
         }
     }

@@ -48,6 +48,17 @@ impl Train {
         true
     }
 
+    /// As [`Self::join`], where each datagram goes out with so many bytes before it.
+    pub fn join_headed(&mut self, next: &Self, header: u32) -> bool {
+        self.bytes_headed(header).saturating_add(next.bytes_headed(header)) <= TRAIN_BYTES_MAX
+            && self.join(next)
+    }
+
+    /// Bytes of all of them, each with so many before it.
+    pub const fn bytes_headed(&self, header: u32) -> u32 {
+        self.bytes.saturating_add(self.datagrams.saturating_mul(header))
+    }
+
     /// How many datagrams it is.
     pub const fn datagrams(&self) -> u32 {
         self.datagrams
@@ -84,6 +95,19 @@ mod tests {
             assert_eq!((alone.datagrams(), alone.segment(), alone.bytes()), (1, 0, 64));
         }
         assert_eq!(Train::received(0, 0).lengths().collect::<Vec<_>>(), [0], "an empty datagram is one");
+    }
+
+    #[test]
+    fn headers_take_room_in_a_train() {
+        let datagram = Train::received(1_200, 0);
+        let joined = |header| {
+            let mut train = datagram;
+            while train.join_headed(&datagram, header) {}
+            train
+        };
+        assert_eq!((joined(0).datagrams(), joined(100).datagrams()), (54, 50));
+        assert!(joined(100).bytes_headed(100) <= TRAIN_BYTES_MAX);
+        assert!(!Train::received(65_507, 0).join_headed(&Train::received(1, 0), u32::MAX));
     }
 
     proptest! {

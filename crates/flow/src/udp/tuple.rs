@@ -10,15 +10,38 @@ use std::net::{IpAddr, SocketAddr};
 pub struct Tuple([u64; 5]);
 
 impl Tuple {
-    /// Of a datagram from `client` to `listener`. `local` is the address it was sent to where the listener is bound to every
+    /// Of a datagram from `client` to `door`, which is a port of a listener. `local` is the address it was sent to where the listener is bound to every
     /// address of the host: then the same client has a flow with each of them.
-    pub fn new(listener: u16, client: SocketAddr, local: Option<IpAddr>) -> Self {
+    pub fn new(door: u16, client: SocketAddr, local: Option<IpAddr>) -> Self {
         let [client_high, client_low] = words(client.ip());
         let [local_high, local_low] = local.map_or([0; 2], words);
         // A link-local address means something only together with its interface.
         let scope = if let SocketAddr::V6(v6) = client { v6.scope_id() } else { 0 };
-        let numbers = u64::from(scope) << 32 | u64::from(client.port()) << 16 | u64::from(listener);
+        let numbers = u64::from(scope) << 32 | u64::from(client.port()) << 16 | u64::from(door);
         Self([client_high, client_low, numbers, local_high, local_low])
+    }
+}
+
+/// One flow's name where a proxy in front says whose a datagram is: one socket of the proxy may bring those of many clients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Announced {
+    proxy: Tuple,
+    between: [u64; 5],
+}
+
+impl Announced {
+    /// Of a datagram that the proxy sent, from `source` to `destination` as its header says.
+    pub fn new(proxy: Tuple, source: SocketAddr, destination: SocketAddr) -> Self {
+        let ([source_high, source_low], [high, low]) = (words(source.ip()), words(destination.ip()));
+        let ports = u64::from(source.port()) << 16 | u64::from(destination.port());
+        Self { proxy, between: [source_high, source_low, high, low, ports] }
+    }
+}
+
+impl Hash for Announced {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.proxy.hash(state);
+        self.between.iter().for_each(|word| state.write_u64(*word));
     }
 }
 
@@ -109,6 +132,26 @@ mod tests {
             assert_ne!(one, other);
         }
         assert_ne!(tuple("[fe80::1%1]:9", None), tuple("[fe80::1%2]:9", None));
+    }
+
+    #[test]
+    fn a_proxy_s_socket_is_as_many_flows_as_it_says() {
+        let at = |text: &str| text.parse().unwrap();
+        let proxy = tuple("10.0.0.1:53", None);
+        let one = Announced::new(proxy, at("192.0.2.1:5000"), at("198.51.100.1:53"));
+        assert_eq!(one, Announced::new(proxy, at("192.0.2.1:5000"), at("198.51.100.1:53")));
+        for (proxy, source, destination) in [
+            (tuple("10.0.0.1:54", None), "192.0.2.1:5000", "198.51.100.1:53"),
+            (proxy, "192.0.2.2:5000", "198.51.100.1:53"),
+            (proxy, "192.0.2.1:5001", "198.51.100.1:53"),
+            (proxy, "192.0.2.1:5000", "198.51.100.2:53"),
+            (proxy, "192.0.2.1:5000", "198.51.100.1:54"),
+            (proxy, "[2001:db8::1]:5000", "[2001:db8::2]:53"),
+        ] {
+            let other = Announced::new(proxy, at(source), at(destination));
+            assert_ne!(one, other);
+            assert_ne!(Keyed::new(1).hash_one(one), Keyed::new(1).hash_one(other));
+        }
     }
 
     #[test]

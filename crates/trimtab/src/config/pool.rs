@@ -66,6 +66,18 @@ pub(super) fn read(root: &mut Section<'_, '_>) -> Option<(Vec<PoolConfig>, Vec<T
     pools.filter(|_| all)
 }
 
+/// The pools whose resources are sent a header of this version.
+pub(super) fn with_header_of<'p>(
+    version: Version,
+    pools: Option<&'p [PoolConfig]>,
+    told: Option<&[Told]>,
+) -> Vec<&'p PoolName> {
+    let all = pools.unwrap_or_default().iter().zip(told.unwrap_or_default());
+    all.filter(|(_, ((connecting, _), _))| connecting.proxy == Some(version))
+        .map(|(pool, _)| &pool.name)
+        .collect()
+}
+
 fn read_one(section: &mut Section<'_, '_>, name: PoolName) -> PoolConfig {
     let policy = or(section.value("policy", text(parse_policy)), Policy::default());
     let forecast = section.value("forecast", text(within(Duration::ZERO..=FORECAST_MAX)));

@@ -37,7 +37,7 @@ impl Bind {
     }
 }
 
-/// `tcp://ip:port` or `tcp://ip:first-last`.
+/// `tcp://ip:port` or `tcp://ip:first-last`, or the same with `udp`.
 pub(super) fn bind(text: &str) -> Result<Bind, Problem> {
     let whole = || text.parse().map(|address| Bind { address, last_port: None });
     let Some((first, last)) = text.rsplit_once('-').filter(|(first, _)| first.contains("://")) else {
@@ -47,12 +47,6 @@ pub(super) fn bind(text: &str) -> Result<Bind, Problem> {
     let last: u16 = last.parse().map_err(|_| {
         Problem::new(format!("{last:?} is not a port"), format!("write \"{first}-LAST\" with the last port"))
     })?;
-    if address.transport == Transport::Udp {
-        return Err(Problem::new(
-            format!("{text:?}: datagrams are taken at one port"),
-            "write one [[listener]] for each port",
-        ));
-    }
     let first_port = address.address.port();
     if first_port == 0 || last <= first_port {
         return Err(Problem::new(
@@ -80,6 +74,19 @@ pub(super) fn outgoing(text: &str) -> Result<Option<Version>, Problem> {
     }
 }
 
+/// A listener of datagrams gives them to a pool whose header has none.
+pub(super) fn no_datagrams(key: &str, pool: &PoolName, without: &[&PoolName]) -> Option<Problem> {
+    without.contains(&pool).then(|| {
+        Problem::new(
+            format!(
+                "`{key}`: the pool {:?} has proxy_protocol = \"v1\", which has no datagrams",
+                pool.as_str()
+            ),
+            "write \"v2\" there, or give datagrams a pool of their own",
+        )
+    })
+}
+
 fn incoming(text: &str) -> Result<Option<Accepts>, Problem> {
     match text {
         "off" => Ok(None),
@@ -94,8 +101,17 @@ fn incoming(text: &str) -> Result<Option<Accepts>, Problem> {
 }
 
 /// `listener.proxy_protocol` with `listener.trusted`.
-pub(super) fn proxy_protocol(section: &mut Section<'_, '_>) -> Option<ProxyProtocol> {
+pub(super) fn proxy_protocol(section: &mut Section<'_, '_>, is_udp: bool) -> Option<ProxyProtocol> {
     let accepts = section.value("proxy_protocol", text(incoming));
+    if let Some(accepts) =
+        accepts.as_ref().filter(|accepts| *accepts.get_ref() == Some(Accepts::V1) && is_udp)
+    {
+        let problem = Problem::new(
+            "`listener.proxy_protocol`: version 1 has no datagrams",
+            "write \"v2\", which the proxies in front must send",
+        );
+        section.reader().report(accepts.span().start, problem);
+    }
     let at = accepts.as_ref().map(|accepts| accepts.span().start);
     let accepts = or(accepts, None);
     let has_trusted = section.has("trusted");
@@ -131,6 +147,7 @@ pub(super) fn routes(
     bind: Option<Bind>,
     pool: Option<&PoolName>,
     pools: Option<&[PoolConfig]>,
+    without_datagrams: &[&PoolName],
 ) -> Option<(Vec<Route>, Vec<PoolName>)> {
     let mut routes = Vec::new();
     let mut further: Vec<PoolName> = Vec::new();
@@ -140,6 +157,11 @@ pub(super) fn routes(
         let route = route(&mut section, bind);
         if let (Some(to), Some(pools)) = (&to, pools)
             && let Some(problem) = unknown_pool("listener.route.pool", to.get_ref(), pools)
+        {
+            section.reader().report(to.span().start, problem);
+        }
+        if let Some(to) = &to
+            && let Some(problem) = no_datagrams("listener.route.pool", to.get_ref(), without_datagrams)
         {
             section.reader().report(to.span().start, problem);
         }
@@ -173,6 +195,17 @@ fn route(section: &mut Section<'_, '_>, bind: Option<Bind>) -> Route {
     let any = ["sni", "alpn", "from", "ports"].iter().any(|key| section.has(key));
     let names = or(section.value("sni", bounded(texts(server_name))), Vec::new());
     let protocols = or(section.value("alpn", bounded(texts(protocol))), Vec::new());
+    if bind.is_some_and(|bind| bind.address.transport == Transport::Udp) {
+        for key in ["sni", "alpn"] {
+            if !section.has(key) {
+                continue;
+            }
+            section.report(Problem::new(
+                format!("`listener.route.{key}` is read from TLS over TCP: datagrams are routed by `from` and `ports`"),
+                "remove it, or write the listener's bind = \"tcp://…\"",
+            ));
+        }
+    }
     let networks = or(section.value("from", bounded(texts(network))), Vec::new());
     let ports = section.value("ports", text(ports));
     if let (Some(ports), Some(bind)) = (&ports, bind) {
@@ -269,6 +302,8 @@ mod tests {
         let range = bind("tcp://[::1]:5000-5010").unwrap();
         assert_eq!((range.last_port, range.addresses().count()), (Some(5_010), 11));
         assert_eq!(range.addresses().last(), "tcp://[::1]:5010".parse().ok());
+        let datagrams = bind("udp://0.0.0.0:5000-5001").unwrap();
+        assert_eq!(datagrams.addresses().last(), "udp://0.0.0.0:5001".parse().ok());
         for wrong in [
             "tcp://0.0.0.0:0-5",
             "tcp://0.0.0.0:5-5",

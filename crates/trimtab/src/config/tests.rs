@@ -144,7 +144,7 @@ fn listeners_of_datagrams() {
         )
     };
     let udp = "[[listener]]\nbind = \"udp://127.0.0.1:53\"\npool = \"dns\"\n[listener.udp]\nidle_timeout = \"5s\"\nresponses = 1\n\
-        requests = 2\nflows_max = 3\nquic = true\nquic_server_id = \"id:4\"\n";
+        requests = 2\nflows_max = 3\nquic = true\nquic_server_id = \"id:4\"\nproxy_header = \"every\"\n";
     let config = Config::parse(file(udp).as_bytes()).expect("connections and datagrams share a port");
     let expected = dataplane::UdpConfig {
         idle_timeout: Duration::from_secs(5),
@@ -154,6 +154,7 @@ fn listeners_of_datagrams() {
         quic: true,
         quic_server_id: Some(dataplane::ServerIdForm::Id(4)),
         quic_keys: None,
+        proxy_header: dataplane::ProxyHeader::Every,
     };
     assert_eq!(config.listeners[1].udp, expected);
     for (lines, expected) in [
@@ -205,8 +206,13 @@ fn keys_of_server_ids() {
     {
         let config = Config::parse(file(form, line).as_bytes()).expect("a good file");
         let mut keys = dataplane::ServerIdKeys::new(nonce);
-        keys.insert(0, 0x8f95_f092_4576_5f80_2569_34e5_0c66_207f_u128.to_be_bytes());
-        keys.insert(6, 0x0011_2233_4455_6677_8899_aabb_ccdd_eeff_u128.to_be_bytes());
+        for (config, key) in [
+            (0, 0x8f95_f092_4576_5f80_2569_34e5_0c66_207f_u128),
+            (6, 0x0011_2233_4455_6677_8899_aabb_ccdd_eeff_u128),
+        ] {
+            let key = key.to_be_bytes();
+            keys.insert(config, key, dataplane::aes128(key));
+        }
         assert_eq!(config.listeners[0].udp.quic_keys.as_deref(), Some(&keys), "{form}{line}");
         assert!(!format!("{config:?}").contains("143, 149"), "a key is a secret");
     }
@@ -247,6 +253,69 @@ fn keys_of_server_ids() {
         let expected = format!("f:9:18: error: `listener.udp.quic_keys_file`: {said}\n  hint: {hint}\n");
         assert_eq!(errors(&file(ipv4, "")), expected);
     }
+}
+
+#[test]
+fn routes_and_headers_of_datagrams() {
+    let file = |pool: &str, lines: &str| {
+        format!(
+            "[[pool]]\nname = \"dns\"\n{pool}\n[[listener]]\nbind = \"udp://127.0.0.1:53-54\"\npool = \"dns\"\n{lines}\n"
+        )
+    };
+    let good = "proxy_protocol = \"any\"\ntrusted = [\"10.0.0.0/8\"]\n[[listener.route]]\npool = \"dns\"\n\
+        from = [\"10.0.0.0/8\"]\nports = \"54\"\n[listener.udp]\nproxy_header = \"first\"";
+    let config = Config::parse(file("proxy_protocol = \"v2\"", good).as_bytes()).expect("a good file");
+    let listener = &config.listeners[0];
+    assert_eq!((listener.last_port, listener.routes[0].ports.clone()), (Some(54), Some(54..=54)));
+    assert!(listener.proxy_protocol.is_some());
+    assert_eq!(listener.udp.proxy_header, dataplane::ProxyHeader::First);
+    let both_v1 = "[[listener.route]]\npool = \"dns\"\nports = \"54\"";
+    for (pool, lines, expected) in [
+        (
+            "",
+            "proxy_protocol = \"v1\"\ntrusted = [\"10.0.0.1\"]",
+            "f:7:18: error: `listener.proxy_protocol`: version 1 has no datagrams\n  hint: write \"v2\", which the proxies in \
+             front must send\n",
+        ),
+        (
+            "proxy_protocol = \"v1\"",
+            both_v1,
+            "f:6:8: error: `listener.pool`: the pool \"dns\" has proxy_protocol = \"v1\", which has no datagrams\n  hint: \
+             write \"v2\" there, or give datagrams a pool of their own\nf:8:8: error: `listener.route.pool`: the pool \
+             \"dns\" has proxy_protocol = \"v1\", which has no datagrams\n  hint: write \"v2\" there, or give datagrams a \
+             pool of their own\n",
+        ),
+        (
+            "",
+            "[[listener.route]]\npool = \"dns\"\nsni = [\"a.example\"]\nalpn = [\"h3\"]",
+            "f:7:1: error: `listener.route.sni` is read from TLS over TCP: datagrams are routed by `from` and `ports`\n  hint: \
+             remove it, or write the listener's bind = \"tcp://…\"\nf:7:1: error: `listener.route.alpn` is read from TLS \
+             over TCP: datagrams are routed by `from` and `ports`\n  hint: remove it, or write the listener's bind = \
+             \"tcp://…\"\n",
+        ),
+        (
+            "",
+            "[listener.udp]\nproxy_header = \"first\"",
+            "f:8:16: error: `listener.udp.proxy_header`: no datagram has a PROXY header here\n  hint: add proxy_protocol = \
+             \"v2\" and trusted to the listener, or remove it\n",
+        ),
+        (
+            "",
+            "[listener.udp]\nproxy_header = \"last\"",
+            "f:8:16: error: `listener.udp.proxy_header`: \"last\" does not say which datagrams have a header\n  hint: write \
+             \"every\", or \"first\" for proxies that say once for whom they speak\n",
+        ),
+        (
+            "",
+            "[listener.tcp]\nbacklog = 5",
+            "f:4:1: error: `listener.tcp` is for listeners of connections\n  hint: remove it, or write bind = \"tcp://…\"\n",
+        ),
+    ] {
+        assert_eq!(errors(&file(pool, lines)), expected, "for {lines}");
+    }
+    // Connections of the same pool may have version 1.
+    let connections = file("proxy_protocol = \"v1\"", "").replace("udp:", "tcp:");
+    assert!(Config::parse(connections.as_bytes()).is_ok());
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dataplane::{ServerIdForm, ServerIdKeys, UdpConfig};
+use dataplane::{ProxyHeader, ServerIdForm, ServerIdKeys, UdpConfig};
 use toml::Spanned;
 
 use super::reader::{Section, boolean, integer, text};
@@ -19,8 +19,9 @@ const PLAINTEXT_MAX: u8 = 19;
 /// Server ids and nonces of so many octets together are one block of the cipher, which is the least work.
 const BLOCK: u8 = 16;
 
-/// Reads it; `is_udp` says whether the listener's `bind` makes sense of it, where that is known.
-pub(super) fn read(mut section: Section<'_, '_>, is_udp: Option<bool>) -> UdpConfig {
+/// Reads it; `is_udp` says whether the listener's `bind` makes sense of it, where that is known; `proxy`, whether the listener
+/// has a `proxy_protocol`.
+pub(super) fn read(mut section: Section<'_, '_>, is_udp: Option<bool>, proxy: bool) -> UdpConfig {
     let default = UdpConfig::default();
     if section.is_there() && is_udp == Some(false) {
         section.report(Problem::new(
@@ -37,6 +38,14 @@ pub(super) fn read(mut section: Section<'_, '_>, is_udp: Option<bool>) -> UdpCon
     }
     let form = server_id.and_then(Spanned::into_inner);
     let quic_keys = quic_keys(&mut section, form);
+    let header = section.value("proxy_header", text(proxy_header));
+    if let Some(header) = header.as_ref().filter(|header| *header.get_ref() == ProxyHeader::First && !proxy) {
+        let problem = Problem::new(
+            "`listener.udp.proxy_header`: no datagram has a PROXY header here",
+            "add proxy_protocol = \"v2\" and trusted to the listener, or remove it",
+        );
+        section.reader().report(header.span().start, problem);
+    }
     let read = UdpConfig {
         idle_timeout: or(section.value("idle_timeout", text(idle_timeout)), default.idle_timeout),
         responses: or(section.value("responses", integer(0..=COUNT_MAX)), default.responses),
@@ -45,6 +54,7 @@ pub(super) fn read(mut section: Section<'_, '_>, is_udp: Option<bool>) -> UdpCon
         quic,
         quic_server_id: form,
         quic_keys,
+        proxy_header: or(header, default.proxy_header),
     };
     section.finish(&[]);
     read
@@ -81,14 +91,16 @@ fn quic_keys(section: &mut Section<'_, '_>, form: Option<ServerIdForm>) -> Optio
     }
     let mut all = ServerIdKeys::new(nonce);
     for (config, key) in keys {
-        all.insert(config, key);
+        all.insert(config, key, dataplane::aes128(key));
     }
     Some(Arc::new(all))
 }
 
+/// Keys by the numbers of their configurations.
+type Keys = Vec<(u8, [u8; 16])>;
+
 /// Reads a file of keys: a line for each configuration, its number and its key.
-#[expect(clippy::type_complexity, reason = "it is read once, into what has a name")]
-fn keys_file(path: &str) -> Result<Option<Vec<(u8, [u8; 16])>>, Problem> {
+fn keys_file(path: &str) -> Result<Option<Keys>, Problem> {
     if path.is_empty() {
         return Ok(None);
     }
@@ -97,7 +109,7 @@ fn keys_file(path: &str) -> Result<Option<Vec<(u8, [u8; 16])>>, Problem> {
     let wrong = |what: String| Problem::new(what, hint);
     let text =
         std::fs::read_to_string(path).map_err(|error| wrong(format!("cannot read {path}: {error}")))?;
-    let mut keys: Vec<(u8, [u8; 16])> = Vec::new();
+    let mut keys = Keys::new();
     for (number, line) in (1..).zip(text.lines()) {
         let line = line.split('#').next().unwrap_or_default().trim();
         if line.is_empty() {
@@ -125,13 +137,22 @@ fn key(line: &str) -> Option<(u8, [u8; 16])> {
 
 /// Reports what a listener of datagrams has no use for, rather than leave it without effect.
 pub(super) fn refuse_what_is_of_tcp(section: &mut Section<'_, '_>) {
-    for key in ["proxy_protocol", "trusted", "route", "tcp"] {
-        if section.has(key) {
-            section.report(Problem::new(
-                format!("`listener.{key}` is for listeners of connections"),
-                "remove it, or write bind = \"tcp://…\"",
-            ));
-        }
+    if section.has("tcp") {
+        section.report(Problem::new(
+            "`listener.tcp` is for listeners of connections",
+            "remove it, or write bind = \"tcp://…\"",
+        ));
+    }
+}
+
+fn proxy_header(text: &str) -> Result<ProxyHeader, Problem> {
+    match text {
+        "every" => Ok(ProxyHeader::Every),
+        "first" => Ok(ProxyHeader::First),
+        _ => Err(Problem::new(
+            format!("{text:?} does not say which datagrams have a header"),
+            "write \"every\", or \"first\" for proxies that say once for whom they speak",
+        )),
     }
 }
 

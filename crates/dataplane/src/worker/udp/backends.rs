@@ -105,7 +105,8 @@ impl<I: Io> Worker<I> {
                 if let Some(before) = flow.cid.replace(cid) {
                     cids.forget(&before, flow.id);
                 }
-                cids.learn(cid, Learned { address: flow.address, live: Arc::clone(open.live()) }, flow.id);
+                let (live, target) = (Arc::clone(open.live()), flow.routed.target);
+                cids.learn(cid, Learned { address: flow.address, live, target }, flow.id);
             }
         }
         let answer = self.udp.flows.answered(index, train.datagrams(), now.timestamp(), &udp.tuning);
@@ -175,7 +176,8 @@ impl<I: Io> Worker<I> {
             return self.refused_for_good(index, unsent);
         }
         let Some(flow) = self.udp.flows.get_mut(index) else { return Ok(()) };
-        let (client, mut tried, old) = (flow.client, std::mem::take(&mut flow.tried), flow.socket.take());
+        let (client, mut tried, old) = (flow.client(), std::mem::take(&mut flow.tried), flow.socket.take());
+        let routed = flow.routed;
         let mut noted = flow.noted.take();
         let receiving = flow.receiving;
         if receiving {
@@ -185,7 +187,7 @@ impl<I: Io> Worker<I> {
         if let Some(old) = old {
             self.ring.close(old)?;
         }
-        let placed = self.place(listener, client, &mut tried, tuning.retries, None, &mut noted);
+        let placed = self.place((listener, routed), client, &mut tried, tuning.retries, None, &mut noted);
         let Some(flow) = self.udp.flows.get_mut(index) else { return Ok(()) };
         flow.noted = noted;
         flow.tried = tried;
@@ -233,14 +235,14 @@ impl<I: Io> Worker<I> {
     fn refused_for_good(&mut self, index: u32, unsent: Option<(u32, Destination)>) -> Result<(), EnterError> {
         let Some(flow) = self.udp.flows.get_mut(index) else { return Ok(()) };
         let (answered, listener) = (flow.answered, usize::from(flow.listener));
-        let (client, local) = (flow.client, flow.local);
+        let came = flow.came();
         self.over(index, if answered { CloseReason::BackendReset } else { CloseReason::ConnectFailed });
         let generation = self.udp.flows.generation(index);
         let Some((id, _)) = unsent else { return Ok(()) };
         let (train, part, _) = self.send_of(id);
         let part = part.filter(|_| answered);
         let next = match part {
-            Some(part) => self.flow_of(listener, client, local, train, part)?,
+            Some(part) => self.flow_of(&came, train, part)?,
             None => None,
         };
         debug_assert_eq!(self.udp.flows.generation(index), generation, "it ends with the batch");

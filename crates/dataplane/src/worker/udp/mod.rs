@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! listening socket ── multishot recvmsg ──> clients.rs: flow by tuple, or a new one ──┐
-//!                                                                                     ├─> sends.rs: trains, one send each
+//!                      (proxied.rs: whose, where a PROXY header says so)              ├─> sends.rs: trains, one send each
 //! socket of a flow ── multishot recv ─────> backends.rs: answers, refusals ───────────┘     at the end of the batch
 //! ```
 //!
@@ -21,23 +21,27 @@ use std::sync::{Arc, Mutex};
 
 use allocation::{LiveFacts, Members, OpenFlow, Timestamp};
 use flow::CloseReason;
-use flow::udp::{Cid, Cids, Expiry, Flows, ServerIdForm, ServerIdKeys, ServerIds, Tuning};
+use flow::preface::Routed;
+use flow::udp::{Cid, Cids, Expiry, Flows, ServerIdForm, ServerIdKeys, ServerIds, Speakers, Tuning};
 use rustix::io::Errno;
 use uring::{Completion, EnterError, Group, Local, Op, Token};
 
+use super::accept::DoorAt;
 use super::admit::Admitted;
 use super::noted::Noted;
 use super::shortages::Shortages;
 use super::slot::Moved;
 use super::{ACCEPT_REST, Worker};
-use crate::config::UdpConfig;
+use crate::config::{ProxyHeader, UdpConfig};
 use crate::io::Io;
 use crate::listen;
 use crate::stats::Dropped;
+use proxied::{Heading, Told};
 use sends::Sends;
 
 mod backends;
 mod clients;
+mod proxied;
 mod sends;
 
 /// Buffers for datagrams at the start, and most. What one batch receives is in them, and what it sends.
@@ -77,20 +81,31 @@ impl UdpShared {
 pub(crate) struct Learned {
     address: SocketAddr,
     live: Arc<LiveFacts>,
+    /// Of the listener's targets, the one whose it is.
+    target: u16,
 }
 
 /// What a listener of datagrams has beside its socket and targets.
 pub(super) struct UdpListener {
     tuning: Tuning,
     flows_max: u32,
-    /// Bound to every address of the host: answers must say which one they are from.
-    wildcard: bool,
+    /// Where it is bound. To every address of the host: answers must say which one they are from.
+    bound: IpAddr,
+    /// The number of its first door among those of all listeners of datagrams; see [`Tuple`].
+    ///
+    /// [`Tuple`]: flow::udp::Tuple
+    first_door: u16,
+    /// Which datagrams say whose they are; `None`: they are of whoever sent them.
+    proxy: Option<ProxyHeader>,
+    /// For whom proxies speak, where not every datagram says it. Made when the first one does.
+    speakers: Option<Speakers<Arc<Told>>>,
     quic: bool,
-    server_ids: Option<KnownServers>,
+    /// By target.
+    server_ids: Box<[KnownServers]>,
     shared: Arc<UdpShared>,
 }
 
-/// Server ids of the pool's members, read once for each membership.
+/// Server ids of a pool's members, read once for each membership.
 struct KnownServers {
     form: ServerIdForm,
     keys: Option<Arc<ServerIdKeys>>,
@@ -98,7 +113,17 @@ struct KnownServers {
 }
 
 impl UdpListener {
-    pub(super) fn new(config: &UdpConfig, address: SocketAddr, retries: u8, shared: Arc<UdpShared>) -> Self {
+    /// `targets`: how many the listener has; `proxy`: it speaks the PROXY protocol.
+    pub(super) fn new(
+        config: &UdpConfig,
+        address: SocketAddr,
+        retries: u8,
+        shared: Arc<UdpShared>,
+        targets: usize,
+        proxy: bool,
+    ) -> Self {
+        let known =
+            |form| (0..targets).map(move |_| KnownServers { form, keys: config.quic_keys.clone(), of: None });
         Self {
             tuning: Tuning {
                 idle_timeout: config.idle_timeout,
@@ -107,27 +132,38 @@ impl UdpListener {
                 retries,
             },
             flows_max: config.flows_max,
-            wildcard: address.ip().is_unspecified(),
+            bound: address.ip(),
+            first_door: 0,
+            proxy: proxy.then_some(config.proxy_header),
+            speakers: None,
             quic: config.quic,
-            server_ids: config.quic_server_id.map(|form| KnownServers {
-                form,
-                keys: config.quic_keys.clone(),
-                of: None,
-            }),
+            server_ids: config.quic_server_id.into_iter().flat_map(known).collect(),
             shared,
         }
+    }
+
+    fn is_wildcard(&self) -> bool {
+        self.bound.is_unspecified()
     }
 }
 
 /// One flow.
 struct UdpFlow {
     listener: u16,
+    /// The door that the client came by, and that its answers leave by.
+    door: u16,
+    routed: Routed,
     /// Its place behind the listener's limits.
     admitted: Admitted,
     /// For the access log, where there is one.
     noted: Option<Box<Noted>>,
-    client: SocketAddr,
-    /// The address that the client asked, where the listener has many.
+    /// Who sends its datagrams and is sent the answers: the client, or a proxy.
+    peer: SocketAddr,
+    /// What the proxy says of it.
+    told: Option<Arc<Told>>,
+    /// What its backend is sent before each datagram.
+    heading: Option<Box<Heading>>,
+    /// The address that the peer asked, where the listener has many.
     local: Option<Local>,
     /// Connected to the backend.
     socket: Option<OwnedFd>,
@@ -149,7 +185,8 @@ struct UdpFlow {
     no_trains: [bool; 2],
     /// Answers in the batch of that number.
     burst: (u32, u8),
-    /// What it said first, each with the number of the datagram, until its backend is known to be there.
+    /// What it said first, as the backend is sent it, each with the number of the datagram, until the backend is known to be
+    /// there.
     kept: Vec<(u32, Box<[u8]>)>,
     /// Datagrams below this number were sent to another backend than at first.
     resent_below: u32,
@@ -186,7 +223,7 @@ impl UdpFlow {
 
 /// A receive that has ended and is to begin again.
 enum Unarmed {
-    Listener(usize),
+    Door(DoorAt),
     Flow(u32, u32),
 }
 
@@ -236,8 +273,14 @@ impl Udp {
 
 impl<I: Io> Worker<I> {
     pub(super) fn start_udp(&mut self) {
-        let any = (0..self.listeners.len()).filter(|index| self.listeners[*index].udp.is_some());
-        self.udp.unarmed.extend(any.map(Unarmed::Listener));
+        let mut doors = 0_u16;
+        for (index, listener) in (0..).zip(&mut self.listeners) {
+            let Some(udp) = &mut listener.udp else { continue };
+            udp.first_door = doors;
+            doors = doors.wrapping_add(listener.doors.len() as u16);
+            let at = (0..listener.doors.len() as u16).map(|door| DoorAt { listener: index, door });
+            self.udp.unarmed.extend(at.map(Unarmed::Door));
+        }
         if !self.udp.unarmed.is_empty() {
             self.ring.grow(Group::Datagrams, DATAGRAMS_AT_START);
         }
@@ -268,7 +311,7 @@ impl<I: Io> Worker<I> {
         let mut unarmed = std::mem::take(&mut self.udp.unarmed);
         for receive in unarmed.drain(..) {
             match receive {
-                Unarmed::Listener(index) => self.arm_listener(index)?,
+                Unarmed::Door(at) => self.arm_door(at)?,
                 Unarmed::Flow(index, generation) if self.udp.flows.generation(index) == Some(generation) => {
                     self.arm_flow(index)?;
                 }
@@ -279,12 +322,12 @@ impl<I: Io> Worker<I> {
         Ok(())
     }
 
-    fn arm_listener(&mut self, index: usize) -> Result<(), EnterError> {
-        let door = &mut self.listeners[index].doors[0];
+    fn arm_door(&mut self, at: DoorAt) -> Result<(), EnterError> {
+        let door = &mut self.listeners[usize::from(at.listener)].doors[usize::from(at.door)];
         match &door.socket {
             Some(socket) if !door.armed => {
                 door.armed = true;
-                self.ring.recv_datagrams(socket.as_fd(), Token::new(Op::Datagrams, index as u32, 0))
+                self.ring.recv_datagrams(socket.as_fd(), at.token_for(Op::Datagrams))
             }
             _ => Ok(()),
         }
@@ -360,6 +403,7 @@ impl<I: Io> Worker<I> {
         stats.flow_seconds.record(self.now.micros - flow.opened_micros);
         flow.hand_over_moved();
         let (noted, of_listener, opened_micros) = (flow.noted.take(), flow.listener, flow.opened_micros);
+        let target = flow.routed.target;
         flow.open = None;
         flow.tried = Vec::new();
         self.udp.kept_bytes -= flow.forget_kept();
@@ -372,7 +416,7 @@ impl<I: Io> Worker<I> {
         }
         let (receiving, socket) = (flow.receiving, flow.socket.take());
         self.dismiss(of_listener, admitted);
-        self.log_udp(noted, of_listener, opened_micros, reason, None);
+        self.log_udp(noted, (of_listener, target), opened_micros, reason, None);
         if receiving {
             self.ring.cancel(token)?;
         }
@@ -420,18 +464,19 @@ impl<I: Io> Worker<I> {
         if !self.leaving() || !self.udp.is_empty() {
             return Ok(());
         }
-        for index in 0..self.listeners.len() {
-            let listener = &mut self.listeners[index];
+        for (index, listener) in (0..).zip(&mut self.listeners) {
             if listener.udp.is_none() || listener.is_closed() {
                 continue;
             }
-            if listener.doors[0].armed {
-                // Its last completion comes back here.
-                if !std::mem::replace(&mut listener.closing, true) {
-                    self.ring.cancel(Token::new(Op::Datagrams, index as u32, 0))?;
+            let cancelled = std::mem::replace(&mut listener.closing, true);
+            for (number, door) in (0..).zip(&mut listener.doors) {
+                if !door.armed {
+                    door.socket.take().map_or(Ok(()), |socket| self.ring.close(socket))?;
+                } else if !cancelled {
+                    // Its last completion comes back here.
+                    let at = DoorAt { listener: index, door: number };
+                    self.ring.cancel(at.token_for(Op::Datagrams))?;
                 }
-            } else if let Some(socket) = listener.doors[0].socket.take() {
-                self.ring.close(socket)?;
             }
         }
         Ok(())

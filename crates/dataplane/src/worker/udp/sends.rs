@@ -1,9 +1,10 @@
 //! Sending: datagrams that came together go out together.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use flow::Side;
-use flow::udp::Train;
+use flow::udp::{TRAIN_BYTES_MAX, Train};
 use rustix::io::Errno;
 use uring::{Completion, EnterError, Op, Part, Token};
 
@@ -32,6 +33,8 @@ struct SendSlot {
     to: Destination,
     train: Train,
     parts: Vec<Part>,
+    /// What goes before each of its datagrams.
+    header: Option<Arc<[u8]>>,
     /// Its buffers are given back with it. Of several sends out of the same buffers only the last one does.
     releases: bool,
     /// Buffers of sends before it, which are given back with it.
@@ -57,7 +60,8 @@ impl Sends {
 
     fn begin(&mut self, to: Destination, train: Train, part: Option<Part>, releases: bool) -> u32 {
         let id = self.free.pop().unwrap_or_else(|| {
-            self.all.push(SendSlot { to, train, parts: Vec::new(), releases, also: Vec::new() });
+            let (parts, also) = (Vec::new(), Vec::new());
+            self.all.push(SendSlot { to, train, parts, header: None, releases, also });
             (self.all.len() - 1) as u32
         });
         let send = &mut self.all[id as usize];
@@ -68,9 +72,16 @@ impl Sends {
     }
 
     /// Adds to a send that is not on its way, if it can go out with it.
-    fn join(&mut self, id: u32, train: &Train, part: Part) -> bool {
+    fn join(&mut self, id: u32, train: &Train, part: Part, header: Option<&Arc<[u8]>>) -> bool {
         let send = &mut self.all[id as usize];
-        let joins = !self.no_trains && send.train.join(train);
+        let joins = !self.no_trains
+            && match (&send.header, header) {
+                (None, None) => send.train.join(train),
+                (Some(before), Some(header)) => {
+                    Arc::ptr_eq(before, header) && send.train.join_headed(train, header.len() as u32)
+                }
+                _ => false,
+            };
         if joins {
             send.parts.push(part);
         }
@@ -85,16 +96,18 @@ impl<I: Io> Worker<I> {
         let number = self.udp.flows.requests(index).wrapping_sub(train.datagrams());
         let Some(flow) = self.udp.flows.get_mut(index) else { return };
         let building = flow.building[side as usize];
+        let header = flow.heading.as_ref().filter(|_| side == Side::Backend).map(|heading| &heading.bytes);
         if let Some(part) = part
             && building != NONE
             && !flow.no_trains[side as usize]
-            && self.udp.sends.join(building, &train, part)
+            && self.udp.sends.join(building, &train, part, header)
         {
             return;
         }
         let (listener, attempt) = (flow.listener, flow.attempt);
         let to = Destination { flow: index, generation, listener, attempt, side, number };
         let id = self.udp.sends.begin(to, train, part, true);
+        self.udp.sends.all[id as usize].header = header.cloned();
         flow.building[side as usize] = id;
         self.udp.sends.queued.push(id);
     }
@@ -113,8 +126,8 @@ impl<I: Io> Worker<I> {
     }
 
     fn send_one(&mut self, id: u32) -> Result<(), EnterError> {
-        let SendSlot { to, train, .. } = &self.udp.sends.all[id as usize];
-        let (to, train) = (*to, *train);
+        let SendSlot { to, train, header, .. } = &self.udp.sends.all[id as usize];
+        let (to, train, header) = (*to, *train, header.clone());
         let current = self.udp.flows.generation(to.flow) == Some(to.generation);
         let Some(flow) = self.udp.flows.get_mut(to.flow).filter(|_| current) else {
             return self.give_up(id, Dropped::Refused);
@@ -123,11 +136,14 @@ impl<I: Io> Worker<I> {
         if train.datagrams() > 1 && (self.udp.sends.no_trains || flow.no_trains[to.side as usize]) {
             return self.send_singly(id);
         }
+        if let Some(header) = header {
+            return self.send_headed(id, to, train, &header);
+        }
         let (socket, route) = match to.side {
             Side::Backend => (flow.socket.as_ref(), (None, None)),
             Side::Client => (
-                self.listeners[usize::from(to.listener)].doors[0].socket.as_ref(),
-                (Some(&flow.client), flow.local),
+                self.listeners[usize::from(to.listener)].doors[usize::from(flow.door)].socket.as_ref(),
+                (Some(&flow.peer), flow.local),
             ),
         };
         let Some(socket) = socket else { return self.give_up(id, Dropped::Refused) };
@@ -136,12 +152,30 @@ impl<I: Io> Worker<I> {
         self.ring.send_datagrams(socket.as_fd(), route, parts, train.segment(), token)
     }
 
+    /// Sends it to the flow's backend with a header before each datagram.
+    fn send_headed(
+        &mut self,
+        id: u32,
+        to: Destination,
+        train: Train,
+        header: &[u8],
+    ) -> Result<(), EnterError> {
+        if train.datagrams() > 1 && train.bytes_headed(header.len() as u32) > TRAIN_BYTES_MAX {
+            return self.send_singly(id);
+        }
+        let socket = self.udp.flows.get(to.flow).and_then(|flow| flow.socket.as_ref());
+        let Some(socket) = socket else { return self.give_up(id, Dropped::Refused) };
+        let parts = &self.udp.sends.all[id as usize].parts;
+        let token = Token::new(Op::SendDatagrams, id, 0);
+        self.ring.send_headed(socket.as_fd(), header, parts, train.segment(), token)
+    }
+
     /// Sends the datagrams of a train one by one: nobody cuts it for us. They go out in order, so the last one to complete has
     /// the buffers.
     fn send_singly(&mut self, id: u32) -> Result<(), EnterError> {
         let send = &mut self.udp.sends.all[id as usize];
         let (to, train, releases) = (send.to, send.train, send.releases);
-        let parts = std::mem::take(&mut send.parts);
+        let (parts, header) = (std::mem::take(&mut send.parts), send.header.clone());
         let segment = train.segment();
         let pieces = parts.iter().flat_map(|part| {
             let Part { buffer, start, length } = *part;
@@ -156,12 +190,14 @@ impl<I: Io> Worker<I> {
         for (number, piece) in (to.number..).zip(before) {
             let to = Destination { number, ..to };
             let single = self.udp.sends.begin(to, Train::received(piece.length, 0), Some(*piece), false);
+            self.udp.sends.all[single as usize].header.clone_from(&header);
             self.send_one(single)?;
         }
         let to = Destination { number: to.number + before.len() as u32, ..to };
         let single = self.udp.sends.begin(to, Train::received(last.length, 0), Some(*last), releases);
         let others = parts.iter().map(|part| part.buffer).filter(|buffer| releases && *buffer != last.buffer);
         self.udp.sends.all[single as usize].also.extend(others);
+        self.udp.sends.all[single as usize].header = header;
         self.free_send(id);
         self.send_one(single)
     }
@@ -212,6 +248,9 @@ impl<I: Io> Worker<I> {
         let generation = self.udp.flows.generation(index).unwrap_or_default();
         let Some(flow) = self.udp.flows.get(index) else { return };
         let send = &mut self.udp.sends.all[id as usize];
+        if send.to.flow != index || send.to.generation != generation {
+            send.header = flow.heading.as_ref().map(|heading| Arc::clone(&heading.bytes));
+        }
         send.to = Destination { flow: index, generation, attempt: flow.attempt, ..send.to };
         self.udp.sends.queued.push(id);
     }
@@ -248,6 +287,7 @@ impl<I: Io> Worker<I> {
         let send = &mut self.udp.sends.all[id as usize];
         send.parts.clear();
         send.also.clear();
+        send.header = None;
         self.udp.sends.free.push(id);
     }
 
