@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use super::backend::{Backend, Ledger, Mood, fin};
 use super::client::{self, Behaviour};
 use super::order::{Fault, Manner, Order, Pace, receive, receive_end, reset_when_closed, send};
-use super::subject::{self, Subject};
+use super::subject::{self, Sample, Subject};
 use super::verdict::Report;
 use super::{SoakArguments, ping, runtime};
 
@@ -49,6 +49,10 @@ const STILL_BYTES: f64 = 4.0 * MEBI;
 /// When clients have reset their connections, or gone, their flows end within so long: bytes that came before a reset may take 2 s
 /// to reach who reads slowly, and the rest is for a machine that has thousands to end at once.
 const NOTICED: Duration = Duration::from_secs(10);
+
+/// Buffers that a worker has always, and how long it may take to give the others back (512 every 5 s).
+const FEW_BUFFERS: u64 = 3 * 64;
+const GIVEN_BACK: Duration = Duration::from_secs(120);
 
 /// Runs it.
 pub(super) fn run(arguments: &SoakArguments, say: &mut dyn FnMut(&str)) -> anyhow::Result<Report> {
@@ -116,6 +120,15 @@ pub(super) fn run(arguments: &SoakArguments, say: &mut dyn FnMut(&str)) -> anyho
     report.equal("streams that backends found wrong", tally.corrupt, 0);
     report.faults(tally.faults);
     subject.judge_rest(&mut report, at_rest);
+    let left = until_given_back(&mut subject);
+    report.figure("memory at the end, MiB", left.pss_bytes as f64 / MEBI);
+    // What tokio-uring gave to the kernel comes back as bytes come, and none come any more.
+    if arguments.engine == "tokio-uring" {
+        report.figure("buffers at the end", left.buffers as f64);
+    } else {
+        let few = FEW_BUFFERS * u64::from(arguments.workers);
+        report.at_most("buffers at the end", left.buffers as f64, few as f64, "");
+    }
     report.samples(samples);
     Ok(report)
 }
@@ -189,6 +202,18 @@ fn until_held_back(subject: &Subject) -> bool {
         }
         before = moved;
         std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+/// What it is when its buffers are few, or after as long as that may take.
+fn until_given_back(subject: &mut Subject) -> Sample {
+    let began = Instant::now();
+    loop {
+        let sample = subject.sample();
+        if sample.buffers <= FEW_BUFFERS || began.elapsed() > GIVEN_BACK {
+            return sample;
+        }
+        std::thread::sleep(Duration::from_millis(500));
     }
 }
 

@@ -110,19 +110,12 @@ impl SetupError {
 #[error("entering the kernel for completions failed: {0}")]
 pub struct EnterError(#[from] io::Error);
 
-/// An eventfd that gives 1 to each read, as often as it was told ([`add`]); reads do not wait for it.
-fn semaphore() -> Option<OwnedFd> {
+/// An eventfd that gives 1 to each of so many reads, and makes none wait.
+fn semaphore(reads: u32) -> Option<OwnedFd> {
     // SAFETY: eventfd(2) touches no memory of ours.
-    let file = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK | libc::EFD_SEMAPHORE) };
+    let file = unsafe { libc::eventfd(reads, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK | libc::EFD_SEMAPHORE) };
     // SAFETY: it was just opened, and nobody else knows of it.
     (file >= 0).then(|| unsafe { OwnedFd::from_raw_fd(file) })
-}
-
-/// Lets so many more reads of a [`semaphore`] succeed.
-fn add(semaphore: &OwnedFd, count: u32) {
-    let count = u64::from(count);
-    // SAFETY: the pointer is to eight bytes that live until the call returns. It fails only where 2^64 is reached.
-    let _ = unsafe { libc::write(semaphore.as_raw_fd(), std::ptr::from_ref(&count).cast(), 8) };
 }
 
 /// How long [`Ring::enter`] may wait for a completion.
@@ -162,15 +155,13 @@ pub struct Ring {
     messages: Messages,
     /// What receives of datagrams ask for: room for an address and control messages. The kernel copies it with each.
     receive_form: Box<libc::msghdr>,
-    /// What free buffers are read from to have them back: an eventfd that counts down; see [`Ring::shrink`].
-    withdrawals: Option<OwnedFd>,
     /// Submissions whose last completion has not come (those that complete silently are not counted).
     in_flight: usize,
     enters: u64,
 }
 
-/// Free buffers that one [`Ring::shrink`] takes from the kernel at most: some 0.2 ms.
-const WITHDRAWN_AT_ONCE: u32 = 256;
+/// Free buffers that one [`Ring::shrink`] takes from the kernel at most: what comes meanwhile waits for them.
+const WITHDRAWN_AT_ONCE: u32 = 512;
 
 impl Ring {
     /// Makes the ring. It must be used on the thread that made it: the kernel checks (`IORING_SETUP_SINGLE_ISSUER`).
@@ -204,7 +195,6 @@ impl Ring {
             addresses_used: 0,
             messages: Messages::new(),
             receive_form,
-            withdrawals: None,
             in_flight: 0,
             enters: 0,
         })
@@ -228,16 +218,15 @@ impl Ring {
         if self.pool.shrink(group, keep) == 0 {
             return Ok(());
         }
-        let Some(source) = self.withdrawals.take().or_else(semaphore) else { return Ok(()) };
         let count = self.pool.free(group).min(WITHDRAWN_AT_ONCE);
-        add(&source, count);
+        // Without a descriptor left, or with nothing to take, another time will do.
+        let Some(source) = (count > 0).then(|| semaphore(count)).flatten() else { return Ok(()) };
         for _ in 0..count {
             let read = opcode::Read::new(Fd(source.as_raw_fd()), std::ptr::null_mut(), 8);
             let read = read.buf_group(group.id()).build().flags(squeue::Flags::BUFFER_SELECT);
             self.push(&read, Token::new(Op::Withdraw, 0, 0))?;
         }
-        self.withdrawals = Some(source);
-        Ok(())
+        self.close(source)
     }
 
     /// Submissions whose last completion has not come.
