@@ -11,7 +11,9 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 
 use super::client::SMALL_BYTES;
-use super::order::{Fault, Manner, Order, broken, receive, receive_end, receive_until_reset, reset, send};
+use super::order::{
+    Fault, Manner, Order, broken, receive, receive_end, receive_until_reset, reset, send, told,
+};
 use super::udp_flows;
 
 /// Connections that wait to be accepted.
@@ -327,12 +329,10 @@ async fn serve(stream: &TcpStream, order: &Order) -> Result<(), Fault> {
         }
         Manner::BackendResets => tokio::try_join!(send(stream, down, 0..order.down), receive_all).map(|_| ()),
         Manner::ClientResets => {
-            let sending = async {
-                // The reset may find it sending as well as receiving.
-                let _ = send(stream, down, 0..order.down).await;
-            };
-            let (torn, ()) = tokio::join!(receive_until_reset(stream, up, 0, order.pace), sending);
-            torn.map(|_| ())
+            // The reset may find it sending as well as receiving.
+            let sending = send(stream, down, 0..order.down);
+            let (torn, sent) = tokio::join!(receive_until_reset(stream, up, 0, order.pace), sending);
+            told(torn, &sent).map(|_| ())
         }
         Manner::Hold => {
             let sending = async {

@@ -8,7 +8,7 @@ use tokio::time::{sleep, timeout};
 
 use super::backend::fin;
 use super::order::{
-    Fault, Manner, Order, Pace, receive, receive_end, receive_until_reset, reset_when_closed, send,
+    Fault, Manner, Order, Pace, receive, receive_end, receive_until_reset, reset_when_closed, send, told,
 };
 
 /// How a client goes about an order.
@@ -99,12 +99,11 @@ pub(super) async fn perform(stream: TcpStream, order: &Order, behaviour: &Behavi
             send_all.await?;
         }
         Manner::BackendResets => {
-            let sending = async {
-                // The reset may find it sending.
-                let _ = send(&stream, up, 0..order.up).await;
-            };
-            let (received, ()) = tokio::join!(receive_until_reset(&stream, down, 0, behaviour.pace), sending);
-            received?;
+            // The reset may find it sending.
+            let sending = send(&stream, up, 0..order.up);
+            let (received, sent) =
+                tokio::join!(receive_until_reset(&stream, down, 0, behaviour.pace), sending);
+            told(received, &sent)?;
         }
         Manner::ClientResets => {
             let (sent, received) = behaviour.reset_after;

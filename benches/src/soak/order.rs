@@ -237,6 +237,19 @@ pub(super) async fn receive_until_reset(
     }
 }
 
+/// What a side that receives until a reset has found, where it sends as well: a socket says its error once, and if the send was
+/// told of the reset, there is nothing left to receive and no error. After a FIN the kernel would have said EPIPE (`tcp_reset()`).
+pub(super) fn told<T>(received: Result<u64, Fault>, sent: &Result<T, Fault>) -> Result<u64, Fault> {
+    match (received, sent) {
+        (Err(Fault::Torn { at }), Err(Fault::Broke { error, .. }))
+            if error.kind() == io::ErrorKind::ConnectionReset =>
+        {
+            Ok(at)
+        }
+        (received, _) => received,
+    }
+}
+
 /// One receive: how many bytes came, each of them right; 0: a FIN.
 async fn look(stream: &TcpStream, seed: u64, at: u64, most: u64) -> Result<u64, Fault> {
     loop {
@@ -275,6 +288,16 @@ pub(super) fn reset_when_closed(stream: &TcpStream) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reset_that_a_send_was_told_of_is_no_fin() {
+        let sent = |kind: io::ErrorKind| Err::<(), _>(Fault::Broke { at: 3, error: kind.into() });
+        let torn = || Err(Fault::Torn { at: 7 });
+        assert!(matches!(told(torn(), &sent(io::ErrorKind::ConnectionReset)), Ok(7)));
+        assert!(matches!(told(torn(), &sent(io::ErrorKind::BrokenPipe)), Err(Fault::Torn { at: 7 })));
+        assert!(matches!(told(torn(), &Ok(())), Err(Fault::Torn { at: 7 })));
+        assert!(matches!(told(Ok(9), &Ok(())), Ok(9)));
+    }
 
     #[test]
     fn an_order_comes_out_as_it_went_in() {
