@@ -494,7 +494,9 @@ mod tests {
     #[test]
     fn a_rate_is_kept_and_counts_from_when_it_was_due() {
         let got = window(&mut load(shape(After::Again, Pace::Rate(1000.0))), 500);
-        assert!((490..=510).contains(&(got.operations + got.unfinished)), "{got:?}");
+        // A machine that is busy makes the window longer, and more is due in it.
+        let (came, due) = (got.operations + got.unfinished, got.elapsed.as_millis() as u64);
+        assert!(came.abs_diff(due) <= 10, "{came} operations in {due} ms");
         assert_eq!(got.errors, 0);
     }
 
