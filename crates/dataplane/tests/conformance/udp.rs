@@ -566,12 +566,16 @@ fn a_quic_client_that_moves_under_a_new_id_is_found_by_the_server_id() {
         udp.quic = true;
         udp.quic_server_id = Some(ServerIdForm::Ipv4Port);
     });
+    // All stay, so that nobody comes from a port where another one's flow is still known.
+    let mut clients = Vec::new();
     for (name, backend) in backends.iter().enumerate() {
         for nonce in 0..5_u8 {
             let port = backend.port().to_be_bytes();
             let IpAddr::V4(ip) = backend.ip() else { unreachable!() };
             let packet = [&[0x40, 0x07][..], &ip.octets(), &port, &[nonce; 10]].concat();
-            assert_eq!(ask(&proxy.client(), &packet), [name as u8]);
+            let client = proxy.client();
+            assert_eq!(ask(&client, &packet), [name as u8]);
+            clients.push(client);
         }
     }
     // An id that nobody has is no reason not to serve.
@@ -591,6 +595,8 @@ fn a_server_id_that_is_encrypted_is_found_with_its_key() {
         udp.quic_keys = Some(Arc::new(keys));
     });
     let cipher = aes128(key);
+    // As above: all stay.
+    let mut clients = Vec::new();
     for (name, backend) in backends.iter().enumerate() {
         for nonce in 0..5_u8 {
             let port = backend.port().to_be_bytes();
@@ -598,7 +604,9 @@ fn a_server_id_that_is_encrypted_is_found_with_its_key() {
             let mut block = [0; 16];
             block.copy_from_slice(&[&ip.octets()[..], &port, &[nonce; 10]].concat());
             cipher.encrypt(&mut block);
-            assert_eq!(ask(&proxy.client(), &[&[0x40, 0x50][..], &block].concat()), [name as u8]);
+            let client = proxy.client();
+            assert_eq!(ask(&client, &[&[0x40, 0x50][..], &block].concat()), [name as u8]);
+            clients.push(client);
         }
     }
     proxy.finish();
