@@ -287,8 +287,8 @@ async fn a_proxy_header_comes_first() {
     }
 }
 
-#[tokio::test]
-async fn a_proxy_header_comes_first_in_datagrams() {
+/// Sends every datagram back.
+async fn udp_echo() -> (SocketAddr, JoinHandle<()>) {
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let address = socket.local_addr().unwrap();
     let echo = tokio::spawn(async move {
@@ -298,6 +298,12 @@ async fn a_proxy_header_comes_first_in_datagrams() {
             socket.send_to(&buffer[..length], from).await.unwrap();
         }
     });
+    (address, echo)
+}
+
+#[tokio::test]
+async fn a_proxy_header_comes_first_in_datagrams() {
+    let (address, echo) = udp_echo().await;
     let before = |proxy, expect: Vec<u8>| {
         let udp = Dialogue::Udp(Udp { send: b"ping".to_vec(), expect: Some(expect) });
         ended(CheckConfig { proxy: Some(proxy), ..config(udp) }, address)
@@ -318,15 +324,7 @@ async fn a_proxy_header_comes_first_in_datagrams() {
 
 #[tokio::test]
 async fn datagrams() {
-    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let address = socket.local_addr().unwrap();
-    let echo = tokio::spawn(async move {
-        let mut buffer = [0; 512];
-        loop {
-            let (length, from) = socket.recv_from(&mut buffer).await.unwrap();
-            socket.send_to(&buffer[..length], from).await.unwrap();
-        }
-    });
+    let (address, echo) = udp_echo().await;
     let udp = |expect: Option<&[u8]>| {
         Dialogue::Udp(Udp { send: b"ping".to_vec(), expect: expect.map(<[u8]>::to_vec) })
     };

@@ -8,7 +8,7 @@ use aes::cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
 use allocation::{PoolName, Publisher};
 use flow::preface::Route;
 use flow::preface::proxy::{Accepts, Version};
-pub use flow::udp::{Cipher, ServerIdForm, ServerIdKeys};
+pub use flow::udp::{CONFIGS, Cipher, NONCE_MIN, PLAINTEXT_MAX, ServerIdForm, ServerIdKeys};
 use ipnet::IpNet;
 
 use crate::access::AccessLogConfig;

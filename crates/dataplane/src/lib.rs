@@ -43,8 +43,8 @@ mod worker;
 
 pub use access::{AccessLogConfig, AccessLogFormat, AccessLogTo};
 pub use config::{
-    Cipher, Config, Connecting, Limits, ListenerConfig, ListenerLimits, Protocol, ProxyHeader, ProxyProtocol,
-    ServerIdForm, ServerIdKeys, Target, Timeouts, UdpConfig, aes128,
+    CONFIGS, Cipher, Config, Connecting, Limits, ListenerConfig, ListenerLimits, NONCE_MIN, PLAINTEXT_MAX,
+    Protocol, ProxyHeader, ProxyProtocol, ServerIdForm, ServerIdKeys, Target, Timeouts, UdpConfig, aes128,
 };
 pub use engine::{Engine, ProbeError};
 pub use run::{Bound, Dataplane, StartError, WorkerFailed, bind};

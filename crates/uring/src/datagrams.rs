@@ -58,7 +58,7 @@ pub struct Part {
 
 /// The datagrams of a train of these parts, each with a part of its own. Every part but the last is whole datagrams of
 /// `segment` bytes (0: all of them are one datagram).
-fn cut(parts: &[Part], segment: u32) -> impl Iterator<Item = Part> {
+pub fn cut(parts: &[Part], segment: u32) -> impl Iterator<Item = Part> {
     parts.iter().flat_map(move |part| {
         let Part { buffer, start, length } = *part;
         let step = if segment == 0 { length.max(1) } else { segment };

@@ -28,7 +28,7 @@ mod token;
 
 pub use buffers::{BufferPool, Group, Memory};
 pub use datagrams::{
-    DATAGRAM_OVERHEAD, Datagrams, Local, Part, receive_message, send_headed_message, send_message,
+    DATAGRAM_OVERHEAD, Datagrams, Local, Part, cut, receive_message, send_headed_message, send_message,
 };
 pub use lent::Lent;
 pub use ring::{Completion, EnterError, Ring, Setup, SetupError, Wait};

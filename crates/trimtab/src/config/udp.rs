@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dataplane::{ProxyHeader, ServerIdForm, ServerIdKeys, UdpConfig};
+use dataplane::{CONFIGS, NONCE_MIN, ProxyHeader, ServerIdForm, ServerIdKeys, UdpConfig};
 use toml::Spanned;
 
 use super::reader::{Section, boolean, integer, text};
@@ -12,10 +12,9 @@ use crate::problem::Problem;
 
 /// What anybody could mean by answers to one datagram, or datagrams of one flow.
 const COUNT_MAX: u64 = 1_000_000;
-/// Octets of the longest server id, of the shortest nonce, and of both together at most (QUIC-LB).
-const SERVER_ID_MAX: u8 = 15;
-const NONCE_MIN: u8 = 4;
-const PLAINTEXT_MAX: u8 = 19;
+/// Octets of server id and nonce together at most, and of the longest server id (QUIC-LB).
+const PLAINTEXT_MAX: u8 = dataplane::PLAINTEXT_MAX as u8;
+const SERVER_ID_MAX: u8 = PLAINTEXT_MAX - NONCE_MIN;
 /// Server ids and nonces of so many octets together are one block of the cipher, which is the least work.
 const BLOCK: u8 = 16;
 
@@ -128,7 +127,7 @@ fn keys_file(path: &str) -> Result<Option<Keys>, Problem> {
 
 fn key(line: &str) -> Option<(u8, [u8; 16])> {
     let (config, key) = line.split_once(char::is_whitespace)?;
-    let config = config.parse().ok().filter(|config| *config <= 6)?;
+    let config = config.parse().ok().filter(|config| usize::from(*config) < CONFIGS)?;
     let key = key.trim_start();
     let digits = key.len() == 32 && key.bytes().all(|digit| digit.is_ascii_hexdigit());
     let key = digits.then(|| u128::from_str_radix(key, 16).ok())??;

@@ -17,7 +17,7 @@ use super::super::accept::DoorAt;
 use super::super::connect::{excluded, local_failure};
 use super::super::noted::Noted;
 use super::super::slot::Moved;
-use super::proxied::Told;
+use super::proxied::{Told, client_of};
 use super::sends::NONE;
 use super::{
     KEPT_BYTES, KEPT_MAX, KEPT_PER_FLOW, KnownServers, Learned, UdpFlow, Unarmed, Worker, is_refusal, lock,
@@ -41,7 +41,7 @@ pub(super) struct Came {
 impl Came {
     /// Who the client is.
     fn client(&self) -> SocketAddr {
-        self.told.as_ref().and_then(|told| told.client()).unwrap_or(self.peer)
+        client_of(self.told.as_deref(), self.peer)
     }
 }
 

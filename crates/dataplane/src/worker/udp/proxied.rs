@@ -37,11 +37,9 @@ pub(super) struct Heading {
     pub(super) bytes: Arc<[u8]>,
 }
 
-impl Told {
-    /// Who the client is, where it is not whoever sent the datagram.
-    pub(super) fn client(&self) -> Option<SocketAddr> {
-        self.addresses.source()
-    }
+/// Who the client is: as the proxy in front says, or whoever sends.
+pub(super) fn client_of(told: Option<&Told>, peer: SocketAddr) -> SocketAddr {
+    told.and_then(|told| told.addresses.source()).unwrap_or(peer)
 }
 
 impl Came {
@@ -189,7 +187,7 @@ impl<I: Io> Worker<I> {
 impl UdpFlow {
     /// Who the client is: as the proxy in front says, or whoever sends.
     pub(super) fn client(&self) -> SocketAddr {
-        self.told.as_ref().and_then(|told| told.client()).unwrap_or(self.peer)
+        client_of(self.told.as_deref(), self.peer)
     }
 
     /// How its datagrams come.

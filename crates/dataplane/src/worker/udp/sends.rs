@@ -176,16 +176,7 @@ impl<I: Io> Worker<I> {
         let send = &mut self.udp.sends.all[id as usize];
         let (to, train, releases) = (send.to, send.train, send.releases);
         let (parts, header) = (std::mem::take(&mut send.parts), send.header.clone());
-        let segment = train.segment();
-        let pieces = parts.iter().flat_map(|part| {
-            let Part { buffer, start, length } = *part;
-            (0..length.div_ceil(segment)).map(move |n| Part {
-                buffer,
-                start: start + n * segment,
-                length: segment.min(length - n * segment),
-            })
-        });
-        let pieces: Vec<Part> = pieces.collect();
+        let pieces: Vec<Part> = uring::cut(&parts, train.segment()).collect();
         let Some((last, before)) = pieces.split_last() else { return self.give_up(id, Dropped::Refused) };
         for (number, piece) in (to.number..).zip(before) {
             let to = Destination { number, ..to };
