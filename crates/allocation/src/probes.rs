@@ -9,6 +9,9 @@
 //! is taken, or, if none is cold, the one of fewest requests in flight. An answer counts one request more each time it is
 //! used, is used up after a few, and ages. It must be fed by probes for single flows, not by periodic reports: on those it
 //! herds.
+//!
+//! Ours beside the paper's: an answer takes the place of the former one about the same backend. Of few backends, answers come
+//! in bursts; a burst of one backend's would otherwise drive out all that is known of the others.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -132,13 +135,18 @@ impl ProbePool {
         if epoch != self.epoch {
             return;
         }
+        let uses_max = self.uses_max();
+        let answer = Answer { index, in_flight, latency_micros, at: now, uses: 0, uses_max };
+        if let Some(former) = self.answers.iter_mut().find(|former| former.index == index) {
+            *former = answer;
+            return;
+        }
         if self.answers.len() >= self.knobs.pool_size
             && let Some(oldest) = self.oldest()
         {
             self.answers.swap_remove(oldest);
         }
-        let uses_max = self.uses_max();
-        self.answers.push(Answer { index, in_flight, latency_micros, at: now, uses: 0, uses_max });
+        self.answers.push(answer);
     }
 
     /// The backend for one flow, and what its answer said (requests in flight, latency in microseconds); `None`: there are too
@@ -163,11 +171,9 @@ impl ProbePool {
         let cold = |a: &&Answer| a.in_flight <= threshold;
         let best = usable.iter().filter(cold).min_by_key(|a| (a.latency_micros, a.in_flight));
         let best = *best.or_else(|| usable.iter().min_by_key(|a| a.in_flight))?;
-        for answer in self.answers.iter_mut().filter(|a| a.index == best.index) {
+        if let Some(answer) = self.answers.iter_mut().find(|answer| answer.index == best.index) {
             answer.in_flight = answer.in_flight.saturating_add(1);
-            if answer.at == best.at {
-                answer.uses += 1;
-            }
+            answer.uses = answer.uses.saturating_add(1);
         }
         self.remove();
         Some((best.index, best.in_flight, best.latency_micros))
@@ -222,9 +228,13 @@ impl ProbePool {
     /// The paper's `b_reuse`, its fraction rounded at random.
     fn uses_max(&mut self) -> u32 {
         let ProbeKnobs { pool_size, per_flow, remove_per_flow, delta, .. } = self.knobs;
+        if self.backends <= pool_size / 2 {
+            // All are known all the time. Late answers must not make those that are used the unknown ones: they count their
+            // own uses, and age.
+            return u32::MAX;
+        }
         let fresh =
             (1.0 - pool_size as f64 / self.backends.max(1) as f64).max(0.0) * per_flow - remove_per_flow;
-        // A pool no larger than the answers kept is seen as a whole all the time: use each as often as it lasts.
         let uses = if fresh > 0.0 { ((1.0 + delta) / fresh).clamp(1.0, 32.0) } else { 32.0 };
         let whole = uses as u32;
         whole + u32::from(f64::from(self.random.unit()) < uses - f64::from(whole))
@@ -274,16 +284,33 @@ mod tests {
         }
     }
 
+    /// Of few as of more backends than answers are kept of.
     #[test]
-    fn half_of_the_answers_outlast_a_burst_that_probes_cannot_keep_up_with() {
-        let mut pool = ProbePool::new(ProbeKnobs::default(), 1);
-        pool.renumber(1, 3);
-        for n in 0..16 {
-            pool.answer(1, BackendIndex(n % 3), if n % 3 == 0 { 500 } else { 1 }, 10, at(0));
+    fn answers_outlast_a_burst_that_probes_cannot_keep_up_with() {
+        for backends in [3, 24] {
+            let mut pool = ProbePool::new(ProbeKnobs::default(), 1);
+            pool.renumber(1, backends);
+            for n in 0..backends as u32 {
+                pool.answer(1, BackendIndex(n), if n % 3 == 0 { 500 } else { 1 }, 10, at(0));
+            }
+            let chosen: Vec<u32> =
+                (0..200).filter_map(|_| Some(pool.choose(1, at(5), |_| true)?.0.0)).collect();
+            assert!(chosen.len() == 200 && pool.occupancy() >= 2, "{} left", pool.occupancy());
+            assert!(chosen.iter().all(|index| index % 3 != 0), "{chosen:?}");
         }
-        let chosen: Vec<u32> = (0..50).filter_map(|_| Some(pool.choose(1, at(5), |_| true)?.0.0)).collect();
-        assert!(chosen.len() == 50 && pool.occupancy() >= 2, "{} left", pool.occupancy());
-        assert!(chosen.iter().all(|index| *index != 0), "{chosen:?}");
+    }
+
+    #[test]
+    fn many_answers_of_one_leave_what_is_known_of_the_others() {
+        let mut pool = ProbePool::new(ProbeKnobs::default(), 1);
+        pool.renumber(1, 4);
+        (0..4).for_each(|index| pool.answer(1, BackendIndex(index), if index == 3 { 500 } else { 1 }, 10, at(0)));
+        (0..64).for_each(|_| pool.answer(1, BackendIndex(3), 400, 10, at(5)));
+        assert_eq!(pool.occupancy(), 4);
+        let side = |index: BackendIndex| index.0 >= 2;
+        for _ in 0..50 {
+            assert_eq!(pool.choose(1, at(6), side).map(|chosen| chosen.0), Some(BackendIndex(2)));
+        }
     }
 
     #[test]
