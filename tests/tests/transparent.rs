@@ -4,6 +4,7 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use e2e::{Metrics, Namespace, PATIENCE, Process, binary, connect, listen, reset, until};
 use tempfile::TempDir;
@@ -319,4 +320,83 @@ fn first_bytes_go_with_the_syn_and_servers_may_speak_first_all_the_same() {
     assert!(e2e::is_reset(&refused), "{refused:?}");
     let closed = |reason| inside.metric("trimtab_flows_closed_total", &[("reason", reason)]);
     until("its end is counted", || (closed("backend_reset") == 1.0).then_some(()));
+}
+
+/// More than the balancer holds of a flow, and no more than its receive buffer takes beside that.
+const DOWNLOAD: usize = 2 << 20;
+
+/// Sends everybody a download, and has nothing more to do with it.
+fn send_and_close(network: &Namespace, address: SocketAddr) {
+    network.inside(|| {
+        let listener = listen(address);
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().map_while(Result::ok) {
+                // An agent that only looks whether we are here does not read it.
+                std::thread::spawn(move || drop(stream.write_all(&vec![7; DOWNLOAD])));
+            }
+        });
+    });
+}
+
+/// Whether the network has a connection from this port or to it in one of these states (of `proc_net_tcp(5)`).
+fn has_connection(network: &Namespace, port: u16, from_it: bool, states: &[&str]) -> bool {
+    let table = network.inside(|| std::fs::read_to_string("/proc/thread-self/net/tcp").expect("it is there"));
+    let port = format!(":{port:04X}");
+    table.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>()).any(|fields| {
+        let address = fields[if from_it { 1 } else { 2 }];
+        address.ends_with(&port) && states.contains(&fields[3])
+    })
+}
+
+/// A server that has closed is forgotten by its kernel after a while (`tcp_fin_timeout`), and then answers a keepalive, or the FIN
+/// that its client sends late, by RST. What it said may not have been read by then.
+#[test]
+fn a_slow_download_is_whole_though_its_server_is_long_forgotten() {
+    const FIN_WAITS: [&str; 2] = ["04", "05"];
+    const ENDING: [&str; 2] = ["08", "09"];
+    let network = Namespace::new();
+    network.shell("echo 1 > /proc/sys/net/ipv4/tcp_fin_timeout");
+    let pool = |name: &str, keepalive: &str| {
+        format!(
+            "[[pool]]\nname = \"{name}\"\n[pool.tcp]\nkeepalive = \"{keepalive}\"\nreceive_buffer = 1048576\n"
+        )
+    };
+    let listener = |port: u16, pool: &str| {
+        format!(
+            "[[listener]]\nbind = \"tcp://127.0.0.1:{port}\"\npool = \"{pool}\"\n[listener.tcp]\nsend_buffer = 65536\n"
+        )
+    };
+    let config =
+        [pool("asks", "1s"), pool("trusts", "0s"), listener(7001, "asks"), listener(7002, "trusts")].concat();
+    let servers = [5001, 5002].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+    servers.iter().for_each(|server| send_and_close(&network, *server));
+    let inside = Inside::start(&network, &config, &[("asks", servers[0]), ("trusts", servers[1])]);
+    for (port, server, says_fin) in [(7001, servers[0], false), (7002, servers[1], true)] {
+        let balancer = SocketAddr::from(([127, 0, 0, 1], port));
+        let mut client = network.inside(|| {
+            let client =
+                socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("one");
+            client.set_recv_buffer_size(32 << 10).expect("it is allowed");
+            client.connect(&balancer.into()).expect("the balancer listens");
+            TcpStream::from(client)
+        });
+        client.set_read_timeout(Some(PATIENCE)).expect("it is not zero");
+        let port = server.port();
+        until("all is said", || has_connection(&network, port, true, &FIN_WAITS).then_some(()));
+        until("it is forgotten", || (!has_connection(&network, port, true, &FIN_WAITS)).then_some(()));
+        if says_fin {
+            client.shutdown(std::net::Shutdown::Write).expect("it is open");
+        }
+        until("we are told", || (!has_connection(&network, port, false, &ENDING)).then_some(()));
+        // For longer than what came before a reset has.
+        let told = Instant::now();
+        let open = || inside.metric("trimtab_flows_open", &[("listener", &format!("tcp://{balancer}"))]);
+        until("that time is over", || {
+            assert_eq!(open(), 1.0);
+            (told.elapsed() > Duration::from_millis(2_500)).then_some(())
+        });
+        let mut all = Vec::new();
+        client.read_to_end(&mut all).expect("it ends in order");
+        assert_eq!(all.len(), DOWNLOAD);
+    }
 }

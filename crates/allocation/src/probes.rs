@@ -304,7 +304,9 @@ mod tests {
     fn many_answers_of_one_leave_what_is_known_of_the_others() {
         let mut pool = ProbePool::new(ProbeKnobs::default(), 1);
         pool.renumber(1, 4);
-        (0..4).for_each(|index| pool.answer(1, BackendIndex(index), if index == 3 { 500 } else { 1 }, 10, at(0)));
+        (0..4).for_each(|index| {
+            pool.answer(1, BackendIndex(index), if index == 3 { 500 } else { 1 }, 10, at(0))
+        });
         (0..64).for_each(|_| pool.answer(1, BackendIndex(3), 400, 10, at(5)));
         assert_eq!(pool.occupancy(), 4);
         let side = |index: BackendIndex| index.0 >= 2;

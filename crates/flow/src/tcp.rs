@@ -142,8 +142,8 @@ pub enum Input {
         /// On which side.
         from: Side,
     },
-    /// [`Output::Watch`]: the source has sent RST, or there was an error that amounts to it. What came before can still be
-    /// received.
+    /// [`Output::Watch`]: the source has sent RST, or there was an error that amounts to it, and no FIN before. What came before
+    /// can still be received.
     Reset {
         /// By which side.
         from: Side,

@@ -136,6 +136,7 @@ impl<I: Io> Worker<I> {
             route: routed.route,
             in_flight: 0,
             awaits_room: [false; 2],
+            said_all: [false; 2],
             answered: false,
             nodelay: Nodelay::NothingSent,
             settled: false,

@@ -6,6 +6,7 @@ use allocation::ConnectFailure;
 use flow::{BufferId, Chunk, Input, RecvEnd, Side};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
+use rustix::net::sockopt;
 use uring::{Completion, EnterError, Group};
 
 use super::connect::local_failure;
@@ -142,6 +143,28 @@ impl<I: Io> Worker<I> {
         }))
     }
 
+    /// What a poll for errors says of the side. A FIN is no reason to end anything, nor are two (`POLLHUP`): bytes may still wait
+    /// before them.
+    ///
+    /// Nor is a reset after FIN. That says only that the side takes no more, which a send finds out; what it had said is all here, and
+    /// may be on its way to a slow reader for long. It comes without anybody's doing wrong: who has closed is forgotten by its
+    /// kernel after a minute (`tcp_fin_timeout`), and our next keepalive is answered by RST.
+    pub(super) fn watch_input(&self, index: u32, from: Side, result: i32) -> Option<Input> {
+        let events = PollFlags::from_bits_retain(u16::try_from(result).ok()?);
+        if !events.contains(PollFlags::ERR) || self.flows.get(index)?.said_all[from as usize] {
+            return None;
+        }
+        // It is taken from the receive that would be told. What follows on `Input::Reset` needs no receive to say so again, and after
+        // FIN the kernel tells receives of that alone (`SOCK_DONE` in tcp_recvmsg_locked).
+        match sockopt::socket_error(self.socket(index, from)?) {
+            // RST after FIN: tcp_reset in net/ipv4/tcp_input.c.
+            Ok(Err(Errno::PIPE)) => None,
+            // A receive or a send was told before, and says so itself.
+            Ok(Ok(())) => None,
+            Ok(Err(_)) | Err(_) => Some(Input::Reset { from }),
+        }
+    }
+
     pub(super) fn count_bytes(&mut self, index: u32, to: Side, bytes: u64) {
         let Some(slot) = self.flows.get_mut(index) else { return };
         let stats = &self.stats.listeners[usize::from(slot.listener)];
@@ -216,13 +239,6 @@ fn is_fin_alone(result: i32) -> bool {
     let Ok(events) = u16::try_from(result) else { return false };
     let events = PollFlags::from_bits_retain(events);
     events.contains(PollFlags::RDHUP) && !events.intersects(PollFlags::OUT | PollFlags::ERR | PollFlags::HUP)
-}
-
-/// What a poll for errors says of the side. A FIN is no reason to end anything, nor are two (`POLLHUP`): bytes may still wait
-/// before them.
-pub(super) fn watch_input(from: Side, result: i32) -> Option<Input> {
-    let events = PollFlags::from_bits_retain(u16::try_from(result).ok()?);
-    events.contains(PollFlags::ERR).then_some(Input::Reset { from })
 }
 
 /// Why a connect failed, by its negated errno.

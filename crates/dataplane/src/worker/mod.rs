@@ -33,7 +33,6 @@ use crate::slots::Slots;
 use crate::stats::{Stats, WorkerStats};
 use crate::towards::Towards;
 use admit::Gate;
-use inputs::watch_input;
 use peaks::Peaks;
 use preface::Prefaces;
 use queue::Room;
@@ -321,8 +320,8 @@ impl<I: Io> Worker<I> {
             Op::ReadableBackend => Some(Input::Readable { from: Side::Backend }),
             Op::WritableClient => self.writable_input(index, Side::Client, completion)?,
             Op::WritableBackend => self.writable_input(index, Side::Backend, completion)?,
-            Op::WatchClient => watch_input(Side::Client, completion.result),
-            Op::WatchBackend => watch_input(Side::Backend, completion.result),
+            Op::WatchClient => self.watch_input(index, Side::Client, completion.result),
+            Op::WatchBackend => self.watch_input(index, Side::Backend, completion.result),
             Op::Accept
             | Op::Wake
             | Op::Cancel

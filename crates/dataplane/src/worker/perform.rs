@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 
 use flow::{Chunk, Input, Output, RecvEnd, Shot, Side};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{Shutdown, sockopt};
 use uring::{EnterError, Group, Op, Token};
 
@@ -69,10 +70,7 @@ impl<I: Io> Worker<I> {
             Output::PollWrite { to } => self.submit(index, to, writable_op(to), I::poll_writable),
             Output::Watch { from } => self.watch(index, from),
             Output::Shutdown { to } => {
-                if let Some(socket) = self.socket(index, to) {
-                    // Fails when the peer has reset the connection, which its receive will say.
-                    let _ = rustix::net::shutdown(socket, Shutdown::Write);
-                }
+                self.shut_down(index, to);
                 Ok(())
             }
             Output::Release(buffer) => {
@@ -104,10 +102,21 @@ impl<I: Io> Worker<I> {
     /// there is none, while to arm and to cancel it would cost twice for each buffer that a slow reader takes.
     fn watch(&mut self, index: u32, from: Side) -> Result<(), EnterError> {
         let is_watched = |slot: &FlowSlot| slot.in_flight & bit(watch_op(from)) != 0;
-        if self.flows.get(index).is_none_or(is_watched) {
+        if self.flows.get(index).is_none_or(|slot| is_watched(slot) || slot.said_all[from as usize]) {
             return Ok(());
         }
         self.submit(index, from, watch_op(from), I::poll_error)
+    }
+
+    fn shut_down(&mut self, index: u32, to: Side) {
+        let Some(slot) = self.flows.get_mut(index) else { return };
+        let Some(socket) = slot.socket(to) else { return };
+        // After our FIN, the error no longer tells whether a reset came after theirs (`Worker::watch_input`). Who is received from
+        // says by itself that it has ended.
+        let said_all = slot.in_flight & bit(recv_op(to)) == 0 && fin_waits(socket);
+        // Fails when the peer has reset the connection, which its receive will say.
+        let _ = rustix::net::shutdown(socket, Shutdown::Write);
+        slot.said_all[to as usize] |= said_all;
     }
 
     /// A first segment is never held back; from the second on, Nagle's algorithm must be off. A flow of one request is
@@ -162,12 +171,7 @@ impl<I: Io> Worker<I> {
     }
 
     pub(super) fn socket(&self, index: u32, side: Side) -> Option<BorrowedFd<'_>> {
-        let slot = self.flows.get(index)?;
-        match side {
-            Side::Client => slot.client.as_ref(),
-            Side::Backend => slot.backend.as_ref(),
-        }
-        .map(AsFd::as_fd)
+        self.flows.get(index)?.socket(side)
     }
 
     pub(super) fn token(&self, op: Op, index: u32) -> Token {
@@ -178,4 +182,12 @@ impl<I: Io> Worker<I> {
         let slot = self.flows.get(index)?;
         Some(&self.stats.listeners[usize::from(slot.listener)])
     }
+}
+
+/// Whether FIN has come, and no error: whatever is read from there until the end is all that was said.
+fn fin_waits(socket: BorrowedFd<'_>) -> bool {
+    let mut look = [PollFd::new(&socket, PollFlags::RDHUP)];
+    let looked = rustix::event::poll(&mut look, Some(&Timespec::default()));
+    let events = look[0].revents();
+    looked.is_ok() && events.contains(PollFlags::RDHUP) && !events.contains(PollFlags::ERR)
 }

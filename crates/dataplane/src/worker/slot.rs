@@ -74,6 +74,8 @@ pub(super) struct FlowSlot {
     pub(super) in_flight: u16,
     /// By target: what is being sent found no room, and is sent again when there is.
     pub(super) awaits_room: [bool; 2],
+    /// By side: its FIN was there, unread, when ours was sent. A reset takes nothing from what it has said.
+    pub(super) said_all: [bool; 2],
     /// The backend has sent a byte.
     pub(super) answered: bool,
     pub(super) nodelay: Nodelay,
@@ -221,6 +223,14 @@ impl Target {
 }
 
 impl FlowSlot {
+    pub(super) fn socket(&self, side: Side) -> Option<BorrowedFd<'_>> {
+        match side {
+            Side::Client => self.client.as_ref(),
+            Side::Backend => self.backend.as_ref(),
+        }
+        .map(AsFd::as_fd)
+    }
+
     /// Who the client is: as the proxy in front of us says, or whoever connected. `None`: it is gone already.
     pub(super) fn client_address(&self) -> Option<SocketAddr> {
         let told = self.preface.as_ref().and_then(|preface| preface.addresses.source());

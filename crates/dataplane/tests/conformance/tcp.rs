@@ -3,8 +3,9 @@
 //! Nothing here waits a fixed time for something to happen: conditions are polled until a deadline that is far longer
 //! than a noisy machine needs. The engine is the module that this file is compiled as (see `tests/tcp.rs`).
 
+use std::collections::HashSet;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -165,6 +166,21 @@ fn refusing() -> SocketAddr {
 
 fn reset(stream: TcpStream) {
     SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+}
+
+/// The connections of the kernel's table (`proc_net_tcp(5)`), each by its two addresses, that have sent FIN, and had it acknowledged
+/// with all that was before it.
+fn said_all() -> HashSet<(SocketAddr, SocketAddr)> {
+    const FIN_WAIT2: &str = "05";
+    let address = |text: &str| {
+        let (ip, port) = text.split_once(':')?;
+        let ip = Ipv4Addr::from(u32::from_str_radix(ip, 16).ok()?.to_ne_bytes());
+        Some(SocketAddr::from((ip, u16::from_str_radix(port, 16).ok()?)))
+    };
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let fields = table.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
+    let there = fields.filter(|fields| fields.get(3) == Some(&FIN_WAIT2));
+    there.filter_map(|fields| Some((address(fields[1])?, address(fields[2])?))).collect()
 }
 
 /// The byte at a place of a stream that repeats late.
@@ -692,6 +708,55 @@ fn a_writer_that_is_held_back_may_send_its_fin() {
         let read = io::copy(&mut reader, &mut io::sink()).unwrap();
         assert_eq!(read, sent, "all of it, client_writes={client_writes}");
         drop(writer);
+    }
+    eventually("they end in order", || proxy.closed("ended") == FLOWS as u64);
+    proxy.finish();
+}
+
+/// A writer that has said all and is gone, of whom TCP is told so much later: by an answer to a keepalive, mostly. The last of
+/// what it said may still be on its way to a slow reader then.
+#[test]
+fn a_writer_that_has_said_all_may_be_gone_before_its_reader_has_read_it() {
+    const FLOWS: usize = 48;
+    let (accepted, connections) = std::sync::mpsc::channel();
+    let backend = server(move |stream| drop(accepted.send(stream)));
+    let proxy = Proxy::with_small_buffers(backend, |_| ());
+    let flows = blocked(&proxy, &connections, FLOWS);
+    flows.iter().for_each(|flow| flow.writer.shutdown(Shutdown::Write).unwrap());
+    // The readers take as little as lets all of it, and the FIN, reach our kernel.
+    let mut read = [0; FLOWS];
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let arrived = said_all();
+        let name = |stream: &TcpStream| (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
+        let late: Vec<_> = (0..FLOWS).filter(|n| !arrived.contains(&name(&flows[*n].writer))).collect();
+        if late.is_empty() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{late:?} could not send their FIN");
+        for n in late {
+            read[n] += (&flows[n].reader).read(&mut [0; 8 * 1024]).unwrap() as u64;
+        }
+    }
+    let mut readers = Vec::new();
+    for (Blocked { writer, reader, sent, .. }, read) in flows.into_iter().zip(read) {
+        reset(writer);
+        readers.push((reader, read, sent));
+    }
+    // For longer than a flow that dies would last.
+    let until = Instant::now() + Duration::from_millis(2_500);
+    while Instant::now() < until {
+        assert_eq!(proxy.snapshot().flows_open, FLOWS as u64, "some were ended");
+        thread::sleep(Duration::from_millis(50));
+    }
+    for (n, (mut reader, read, sent)) in readers.into_iter().enumerate() {
+        if n % 4 >= 2 {
+            // Its FIN cannot be told to anybody, and is no reason either.
+            reader.shutdown(Shutdown::Write).unwrap();
+        }
+        let rest = io::copy(&mut reader, &mut io::sink()).unwrap();
+        assert_eq!(read + rest, sent, "all of it");
+        assert!(rest > 0, "it was held back");
     }
     eventually("they end in order", || proxy.closed("ended") == FLOWS as u64);
     proxy.finish();
