@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 pub mod case;
+pub mod floor;
 pub mod load;
 pub mod measure;
 pub mod peer;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use benches::case::Case;
+use benches::floor;
 use benches::measure::Conditions;
 use benches::peer::{Installed, Proxy};
 use benches::process;
@@ -53,6 +54,9 @@ enum What {
     /// The backends of a race; it starts them itself
     #[command(hide = true)]
     RaceBackends(race::BackendsArguments),
+    /// The proxy `floor`; it starts it itself
+    #[command(hide = true)]
+    Floor(floor::FloorArguments),
 }
 
 #[derive(Debug, Args)]
@@ -168,6 +172,7 @@ fn run(command: What) -> anyhow::Result<()> {
             }
         },
         What::RaceBackends(arguments) => race::serve(&arguments),
+        What::Floor(arguments) => floor::run(&arguments),
     }
 }
 

@@ -33,12 +33,14 @@ pub enum Proxy {
     Trimtab,
     /// Another trimtab, where `TRIMTAB_BEFORE` says: what a change is compared with.
     Before,
+    /// A ring that carries bytes and does nothing else: see [`crate::floor`].
+    Floor,
 }
 
 impl Proxy {
     /// All, in the order of columns.
-    pub const ALL: [Self; 6] =
-        [Self::Direct, Self::Haproxy, Self::Nginx, Self::Envoy, Self::Trimtab, Self::Before];
+    pub const ALL: [Self; 7] =
+        [Self::Direct, Self::Haproxy, Self::Nginx, Self::Envoy, Self::Trimtab, Self::Before, Self::Floor];
     /// Who takes part unless somebody else is asked for.
     pub const USUAL: [Self; 5] = [Self::Direct, Self::Haproxy, Self::Nginx, Self::Envoy, Self::Trimtab];
 
@@ -51,6 +53,7 @@ impl Proxy {
             Self::Envoy => "envoy",
             Self::Trimtab => "trimtab",
             Self::Before => "before",
+            Self::Floor => "floor",
         }
     }
 
@@ -61,6 +64,8 @@ impl Proxy {
             Self::Haproxy => !case.has_udp(),
             // There is no proxy whose memory it could be.
             Self::Direct => case != Case::Idle,
+            // Bulk is spliced, trains are kept together, and silence is for who is there for long: that is not the least.
+            Self::Floor => !case.is_bulk() && !matches!(case, Case::UdpBulk | Case::Mixed | Case::Idle),
             Self::Nginx | Self::Envoy | Self::Trimtab | Self::Before => true,
         }
     }
@@ -72,7 +77,7 @@ impl Proxy {
 
     /// Whether trimtab is compared with it.
     pub fn is_compared(self) -> bool {
-        self.is_peer() || self == Self::Before
+        self.is_peer() || matches!(self, Self::Before | Self::Floor)
     }
 }
 
@@ -140,6 +145,7 @@ impl Installed {
         let peer_hint = "`cargo xtask install bench` installs it";
         let (name, version_flag, remedy) = match proxy {
             Proxy::Direct => return Ok(Self { proxy, program: PathBuf::new(), version: String::new() }),
+            Proxy::Floor => ("bench", "--version", "it is this program"),
             Proxy::Haproxy => ("haproxy", "-v", peer_hint),
             Proxy::Nginx => ("nginx", "-v", peer_hint),
             Proxy::Envoy => ("envoy", "--version", peer_hint),
@@ -207,6 +213,12 @@ pub fn setup(proxy: Proxy, task: &Task) -> Setup {
                 arguments.extend(["--listen".to_owned(), format!("udp://{}", task.listen)]);
             }
             arguments.extend(task.backends.iter().flat_map(|b| ["--to".to_owned(), b.to_string()]));
+            Setup { arguments, file: None }
+        }
+        Proxy::Floor => {
+            let mut arguments: Vec<String> = words(&format!("floor --listen {}", task.listen));
+            arguments.extend(task.backends.iter().flat_map(|b| ["--to".to_owned(), b.to_string()]));
+            arguments.extend(task.udp.then(|| "--udp".to_owned()));
             Setup { arguments, file: None }
         }
     }
@@ -370,6 +382,7 @@ fn candidates(proxy: Proxy, name: &str) -> Vec<PathBuf> {
     match proxy {
         Proxy::Trimtab => return vec![named("TRIMTAB_BIN").unwrap_or_else(|| beside.join(name))],
         Proxy::Before => return named("TRIMTAB_BEFORE").into_iter().collect(),
+        Proxy::Floor => return std::env::current_exe().into_iter().collect(),
         _ => {}
     }
     let path = std::env::var_os("PATH").unwrap_or_default();

@@ -97,7 +97,7 @@ const RULES: &[Rule] = &[
     // It drives the binary from outside; the wire's types are how a resource would.
     Rule { package: "e2e", may: &["trimtab-api"], never: &["io-uring"] },
     // It drives the binary as clients and resources do (a soak with what the end-to-end tests are made of), and times control
-    // with nothing between.
+    // with nothing between. Its floor is the least that can be done over uring.
     Rule {
         package: "benches",
         may: &[
@@ -106,6 +106,7 @@ const RULES: &[Rule] = &[
             "trimtab-control",
             "trimtab-flow",
             "trimtab-registry",
+            "trimtab-uring",
             "e2e",
         ],
         never: &[],
