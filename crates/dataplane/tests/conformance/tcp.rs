@@ -644,6 +644,17 @@ fn blocked(proxy: &Proxy, connections: &std::sync::mpsc::Receiver<TcpStream>, fl
     flows
 }
 
+/// For longer than a flow that dies would last, none ends; and the worker does next to nothing.
+fn stays_as_it_is(proxy: &Proxy, flows: usize) {
+    let (before, until) = (proxy.view.engine(), Instant::now() + Duration::from_millis(2_500));
+    while Instant::now() < until {
+        assert_eq!(proxy.snapshot().flows_open, flows as u64, "some were ended");
+        thread::sleep(Duration::from_millis(50));
+    }
+    let done = proxy.view.engine().completions - before.completions;
+    assert!(done < 20 * flows as u64, "{done} completions while nothing happens: it spins");
+}
+
 /// Nothing is read from a writer that is held back, so nothing but a poll for errors can tell of its reset.
 #[test]
 fn a_reset_by_a_writer_that_is_held_back_reaches_a_reader_that_does_not_read() {
@@ -696,14 +707,7 @@ fn a_writer_that_is_held_back_may_send_its_fin() {
         }
         writer.shutdown(Shutdown::Write).unwrap();
     }
-    // For longer than a flow that dies would last; and then the worker has done next to nothing.
-    let (before, until) = (proxy.view.engine(), Instant::now() + Duration::from_millis(2_500));
-    while Instant::now() < until {
-        assert_eq!(proxy.snapshot().flows_open, FLOWS as u64, "some were ended");
-        thread::sleep(Duration::from_millis(50));
-    }
-    let done = proxy.view.engine().completions - before.completions;
-    assert!(done < 20 * FLOWS as u64, "{done} completions while nothing happens: it spins");
+    stays_as_it_is(&proxy, FLOWS);
     for Blocked { writer, mut reader, client_writes, sent } in flows {
         let read = io::copy(&mut reader, &mut io::sink()).unwrap();
         assert_eq!(read, sent, "all of it, client_writes={client_writes}");
@@ -743,12 +747,7 @@ fn a_writer_that_has_said_all_may_be_gone_before_its_reader_has_read_it() {
         reset(writer);
         readers.push((reader, read, sent));
     }
-    // For longer than a flow that dies would last.
-    let until = Instant::now() + Duration::from_millis(2_500);
-    while Instant::now() < until {
-        assert_eq!(proxy.snapshot().flows_open, FLOWS as u64, "some were ended");
-        thread::sleep(Duration::from_millis(50));
-    }
+    stays_as_it_is(&proxy, FLOWS);
     for (n, (mut reader, read, sent)) in readers.into_iter().enumerate() {
         if n % 4 >= 2 {
             // Its FIN cannot be told to anybody, and is no reason either.
