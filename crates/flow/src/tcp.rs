@@ -175,6 +175,11 @@ pub enum Input {
     },
     /// The moment of [`Flow::deadline`] has come.
     Deadline,
+    /// [`Output::AskQuiet`]: neither side was sent a byte since then.
+    Quiet {
+        /// The later of the two.
+        since: Timestamp,
+    },
     /// Someone above wants it gone.
     Abort(CloseReason),
 }
@@ -303,6 +308,10 @@ pub enum Output {
         /// Which side.
         from: Side,
     },
+    /// Say with [`Input::Quiet`] when TCP last sent a byte to either side. It goes on sending what it holds, megabytes of it, and
+    /// says that there is room for more when a third of that has gone: a slow reader takes bytes long after the last that were given
+    /// to it here.
+    AskQuiet,
     /// Pass FIN on: `shutdown(SHUT_WR)`.
     Shutdown {
         /// To where.
@@ -337,7 +346,7 @@ pub enum CloseReason {
     NoBackend,
     /// All connects that its retries allowed failed.
     ConnectFailed,
-    /// Neither side sent a byte for the idle timeout.
+    /// Neither side sent a byte, nor was sent one, for the idle timeout.
     Idle,
     /// The drain deadline passed, or the process left at once.
     Drained,
@@ -693,6 +702,14 @@ impl Flow {
             }
             Input::Flushed { to, bytes, failed } => self.flushed(to, bytes, failed, now, tuning, chunks, out),
             Input::Deadline => self.deadline_passed(now, tuning, chunks, out),
+            Input::Quiet { since } => {
+                if self.phase == Phase::Open {
+                    self.since = self.since.max(since);
+                    if now >= self.deadline(tuning) {
+                        self.close(CloseReason::Idle, chunks, out);
+                    }
+                }
+            }
             Input::Abort(reason) => self.close(reason, chunks, out),
         }
     }
@@ -943,7 +960,7 @@ impl Flow {
                 out.push(Output::CancelConnect);
             }
             Phase::Waiting => self.close(CloseReason::Shed, chunks, out),
-            Phase::Open => self.close(CloseReason::Idle, chunks, out),
+            Phase::Open => out.push(Output::AskQuiet),
             Phase::Dying { dead } => self.close(reset_by(dead), chunks, out),
             Phase::Closed => {}
         }
@@ -1549,8 +1566,25 @@ mod tests {
         b.step_at(received(Client, 0), byte_at);
         let deadline = b.flow.deadline(&b.tuning);
         assert_eq!(deadline, byte_at + Duration::from_secs(3_600));
-        let out = b.step_at(Input::Deadline, deadline);
+        assert_eq!(b.step_at(Input::Deadline, deadline), [Output::AskQuiet]);
+        let out = b.step_at(Input::Quiet { since: NOW }, deadline);
         assert_eq!(out.last(), Some(&closed(CloseReason::Idle)));
+    }
+
+    #[test]
+    fn a_flow_whose_reader_takes_what_the_kernel_holds_is_not_idle() {
+        let mut b = Bench::open();
+        let mut deadline = b.flow.deadline(&b.tuning);
+        for _ in 0..3 {
+            assert_eq!(b.step_at(Input::Deadline, deadline), [Output::AskQuiet]);
+            let since = Timestamp::from_millis(deadline.as_millis() - 5_000);
+            assert_eq!(b.step_at(Input::Quiet { since }, deadline), []);
+            assert_eq!(b.flow.deadline(&b.tuning), since + Duration::from_secs(3_600));
+            deadline = b.flow.deadline(&b.tuning);
+        }
+        assert_eq!(b.step_at(Input::Deadline, deadline), [Output::AskQuiet]);
+        let since = Timestamp::from_millis(deadline.as_millis() - 3_600_000);
+        assert_eq!(b.step_at(Input::Quiet { since }, deadline).last(), Some(&closed(CloseReason::Idle)));
     }
 
     #[test]

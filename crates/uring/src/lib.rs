@@ -34,6 +34,6 @@ pub use lent::Lent;
 pub use ring::{Completion, EnterError, Ring, Setup, SetupError, Wait};
 pub use socket::{
     bind_address_no_port, defer_accept, fast_open, fast_open_connect, receive_destination, receive_trains,
-    set_receive_low_water,
+    sent_nothing_for, set_receive_low_water,
 };
 pub use token::{Op, Token};

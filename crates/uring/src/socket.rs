@@ -1,7 +1,8 @@
-//! The few socket options that no safe library sets.
+//! The few socket options that no safe library sets or asks for.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 /// Leaves the choice of the local port to `connect(2)` after a `bind(2)` to an address with port 0
 /// (`IP_BIND_ADDRESS_NO_PORT`, `ip(7)`, Linux 4.2; it serves IPv6 sockets too). Without it each source address has one
@@ -64,6 +65,33 @@ pub fn receive_destination(socket: BorrowedFd<'_>, ipv6: bool) -> io::Result<()>
 /// As `setsockopt(2)`.
 pub fn set_receive_low_water(socket: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, i32::try_from(bytes).unwrap_or(i32::MAX))
+}
+
+/// For how long TCP has sent no bytes to the peer, be it for the first time or again (`tcpi_last_data_sent` of `TCP_INFO`, `tcp(7)`; to
+/// the kernel's tick). On a connection that never sent any: since it was made.
+///
+/// # Errors
+/// As `getsockopt(2)`.
+pub fn sent_nothing_for(socket: BorrowedFd<'_>) -> io::Result<Duration> {
+    // SAFETY: tcp_info is a C struct of integers, for which all zeroes is a value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes, the size of the struct, and any bytes are a value of it. It is done with
+    // both pointers when the call returns. The descriptor is open: it is borrowed.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            std::ptr::from_mut(&mut info).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 {
+        Ok(Duration::from_millis(info.tcpi_last_data_sent.into()))
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Options whose value is an int.

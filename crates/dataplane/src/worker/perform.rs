@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 
+use allocation::Timestamp;
 use flow::{Chunk, Input, Output, RecvEnd, Shot, Side};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{Shutdown, sockopt};
@@ -69,6 +70,11 @@ impl<I: Io> Worker<I> {
             Output::PollRead { from } => self.submit(index, from, readable_op(from), I::poll_readable),
             Output::PollWrite { to } => self.submit(index, to, writable_op(to), I::poll_writable),
             Output::Watch { from } => self.watch(index, from),
+            Output::AskQuiet => {
+                let since = self.quiet_since(index);
+                self.followups.push_back(Input::Quiet { since });
+                Ok(())
+            }
             Output::Shutdown { to } => {
                 self.shut_down(index, to);
                 Ok(())
@@ -106,6 +112,15 @@ impl<I: Io> Worker<I> {
             return Ok(());
         }
         self.submit(index, from, watch_op(from), I::poll_error)
+    }
+
+    /// When TCP last sent a byte to either side.
+    fn quiet_since(&self, index: u32) -> Timestamp {
+        let sockets = Side::BOTH.into_iter().filter_map(|side| self.socket(index, side));
+        // Where it cannot be asked, the flow knows best.
+        let quiet = sockets.filter_map(|socket| uring::sent_nothing_for(socket).ok()).min();
+        let quiet = quiet.map_or(u64::MAX, |quiet| u64::try_from(quiet.as_millis()).unwrap_or(u64::MAX));
+        Timestamp::from_millis(self.now.timestamp().as_millis().saturating_sub(quiet))
     }
 
     fn shut_down(&mut self, index: u32, to: Side) {

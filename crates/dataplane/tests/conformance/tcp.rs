@@ -945,6 +945,42 @@ fn idle_flows_are_closed_and_busy_ones_are_not() {
     proxy.finish();
 }
 
+/// The kernel says that there is room again when a third of its send buffer is free. A slow reader takes long until then, and all
+/// the while bytes are on their way to it.
+#[test]
+fn who_reads_slowly_is_not_idle_and_who_does_not_read_is() {
+    const IDLE: Duration = Duration::from_secs(1);
+    let (accepted, connections) = std::sync::mpsc::channel();
+    let backend = server(move |stream| drop(accepted.send(stream)));
+    let proxy = Proxy::tuned(&[backend], |config| {
+        config.timeouts.idle = Some(IDLE);
+        config.listeners[0].tcp.options.send_buffer = Some(2 << 20);
+    });
+    let [slow, stuck] = [(); 2].map(|()| proxy.client());
+    for reader in [&slow, &stuck] {
+        // Of several segments, or TCP itself waits until there is room for one (64 KiB on loopback).
+        SockRef::from(reader).set_recv_buffer_size(256 * 1024).unwrap();
+    }
+    let writers = [(); 2].map(|()| connections.recv_timeout(PATIENCE).unwrap());
+    for mut writer in writers {
+        thread::spawn(move || {
+            // Until it is reset.
+            while writer.write(&[7; 64 * 1024]).is_ok() {}
+        });
+    }
+    let begun = Instant::now();
+    while begun.elapsed() < 4 * IDLE {
+        assert_ne!((&slow).read(&mut [0; 8 * 1024]).unwrap(), 0);
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!((proxy.closed("idle"), proxy.snapshot().flows_open), (1, 1), "the one that does not read");
+    let stopped = Instant::now();
+    eventually("that one does not read either", || proxy.closed("idle") == 2);
+    assert!(stopped.elapsed() >= IDLE / 2, "closed early: {:?}", stopped.elapsed());
+    drop((slow, stuck));
+    proxy.finish();
+}
+
 #[test]
 fn draining_serves_what_is_open_and_what_was_waiting_then_ends() {
     let proxy = Proxy::to(&[server(echo)]);
