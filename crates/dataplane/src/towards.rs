@@ -3,8 +3,11 @@
 //! Owns: the settings as all workers share them, trying them out at the start, counting what is refused later; which source
 //! addresses have no port left for a backend. Does not own: selecting, connecting.
 
+use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use allocation::{PoolName, Timestamp};
@@ -21,6 +24,10 @@ use crate::tcp::{self, Keepalive, Knob, Reach, Refusals, Refused};
 const PORTS_REST: Duration = Duration::from_millis(100);
 /// Pairs of a backend and a source address that are remembered so. Of more, some are tried in vain.
 const SPENT_MAX: usize = 64;
+/// Ports that are tried for a connection that takes one over.
+const BINDS_MAX: usize = 16;
+/// Reserved ports that are passed over for one that is not.
+const RESERVED_PASSED_MAX: u16 = 1_024;
 
 /// Towards the backends of one pool, for all workers.
 #[derive(Debug)]
@@ -33,6 +40,7 @@ pub(crate) struct Towards {
     pub(crate) refusals: Refusals,
     /// The system's congestion control paces.
     system_paces: bool,
+    ports_out_said: AtomicBool,
 }
 
 impl Towards {
@@ -47,7 +55,16 @@ impl Towards {
         let (ipv4, ipv6) = sources.iter().partition(|source| source.is_ipv4());
         let keepalive = config.options.keepalive.over(keepalive);
         let system_paces = tcp::system_paces();
-        Self { pool, config, keepalive, ipv4, ipv6, refusals: Refusals::default(), system_paces }
+        Self {
+            pool,
+            config,
+            keepalive,
+            ipv4,
+            ipv6,
+            refusals: Refusals::default(),
+            system_paces,
+            ports_out_said: AtomicBool::new(false),
+        }
     }
 
     pub(crate) fn pool(&self) -> &PoolName {
@@ -128,6 +145,18 @@ impl Towards {
         self.refusals.note(self.pool.as_str(), refused);
     }
 
+    /// Says the first time that ports ran out.
+    pub(crate) fn note_ports_out(&self, backend: SocketAddr) {
+        if !self.ports_out_said.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                pool = self.pool.as_str(),
+                %backend,
+                "no local port is free towards this resource; those that rest from connections that are over (TIME_WAIT) are taken \
+                 over. More source_addresses bring 28,000 each, net.ipv4.tcp_tw_reuse=1 lets the kernel take them over by itself"
+            );
+        }
+    }
+
     /// Asks the kernel for everything once, before there are flows. What they could go without is said, and what they could
     /// not is an error.
     pub(crate) fn try_out(&self) -> Result<(), Refused> {
@@ -181,20 +210,86 @@ fn transparent(socket: &OwnedFd, ipv6: bool) -> Result<(), Refused> {
 
 /// Source addresses without a port left for a backend, until they are tried again. Empty unless ports run out.
 #[derive(Debug, Default)]
-pub(crate) struct Spent(Vec<(SocketAddr, IpAddr, Timestamp)>);
+pub(crate) struct Spent {
+    pairs: Vec<(SocketAddr, IpAddr, Timestamp)>,
+    /// As they were when the last of these was noted.
+    ports: Ports,
+    random: RandomState,
+    draws: u64,
+}
 
 impl Spent {
     /// No port is left from here to there. Where the kernel chooses the source, `source` is the unspecified address.
     pub(crate) fn note(&mut self, backend: SocketAddr, source: IpAddr, now: Timestamp) {
-        self.0.retain(|(_, _, until)| *until > now);
-        if self.0.len() < SPENT_MAX {
-            self.0.push((backend, source, now + PORTS_REST));
+        self.pairs.retain(|(_, _, until)| *until > now);
+        if self.pairs.len() < SPENT_MAX {
+            self.pairs.push((backend, source, now + PORTS_REST));
+            self.ports = Ports::of_the_kernel();
         }
     }
 
     /// Whether it was so a moment ago.
     pub(crate) fn rests(&self, backend: SocketAddr, source: IpAddr, now: Timestamp) -> bool {
-        self.0.iter().any(|(b, s, until)| (*b, *s) == (backend, source) && *until > now)
+        self.pairs.iter().any(|(b, s, until)| (*b, *s) == (backend, source) && *until > now)
+    }
+
+    /// Binds to a port that may rest from a connection that is over (`TIME_WAIT`): the kernel gives it to who asks for it by number
+    /// (decision 64). False: none was found.
+    pub(crate) fn bind_to_resting(&mut self, socket: &OwnedFd, source: IpAddr) -> Result<bool, Errno> {
+        rustix::net::sockopt::set_socket_reuseaddr(socket, true)?;
+        for _ in 0..BINDS_MAX {
+            self.draws = self.draws.wrapping_add(1);
+            let Some(port) = self.ports.pick(self.random.hash_one(self.draws)) else { return Ok(false) };
+            match rustix::net::bind(socket, &SocketAddr::new(source, port)) {
+                Ok(()) => return Ok(true),
+                // A connection that is not over has it, or one whose end was not ours to say, or a listener.
+                Err(Errno::ADDRINUSE) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Ports that the kernel gives out by itself (`ip_local_port_range` and `ip_local_reserved_ports`, `ip(7)`), the upper half of them.
+///
+/// Where a port was bound to by number, the kernel does not give it out by itself, to nobody, until nothing uses it any more. The
+/// lower half is left for the others of this host.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Ports {
+    first: u16,
+    count: u16,
+    reserved: Vec<RangeInclusive<u16>>,
+}
+
+impl Ports {
+    fn of_the_kernel() -> Self {
+        let read =
+            |name: &str| std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
+        Self::parse(&read("ip_local_port_range"), &read("ip_local_reserved_ports")).unwrap_or_default()
+    }
+
+    /// `32768 60999`, and `8080,9000-9100`.
+    fn parse(range: &str, reserved: &str) -> Option<Self> {
+        let mut ends = range.split_ascii_whitespace().map(str::parse::<u16>);
+        let (first, last) = (ends.next()?.ok()?, ends.next()?.ok()?);
+        let count = last.checked_sub(first)? / 2;
+        let one = |text: &str| {
+            let (from, to) = text.split_once('-').unwrap_or((text, text));
+            Some(from.parse().ok()?..=to.parse().ok()?)
+        };
+        let reserved = reserved.trim().split(',').filter(|text| !text.is_empty());
+        Some(Self { first: last - count, count, reserved: reserved.map(one).collect::<Option<_>>()? })
+    }
+
+    fn pick(&self, random: u64) -> Option<u16> {
+        let place = random.checked_rem(self.count.into())? as u16;
+        let port = |n: u16| self.first + (u32::from(place + n) % u32::from(self.count)) as u16;
+        (0..self.count.min(RESERVED_PASSED_MAX)).map(port).find(|port| !self.is_reserved(*port))
+    }
+
+    fn is_reserved(&self, port: u16) -> bool {
+        self.reserved.iter().any(|ports| ports.contains(&port))
     }
 }
 
@@ -203,6 +298,8 @@ pub(crate) const ANY_SOURCE: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -219,8 +316,26 @@ mod tests {
         for port in 0..1_000 {
             spent.note(SocketAddr::new(source, port), source, now);
         }
-        assert_eq!(spent.0.len(), SPENT_MAX);
+        assert_eq!(spent.pairs.len(), SPENT_MAX);
         spent.note(one, source, now + 2 * PORTS_REST);
-        assert_eq!(spent.0.len(), 1, "what is over is forgotten");
+        assert_eq!(spent.pairs.len(), 1, "what is over is forgotten");
+    }
+
+    #[test]
+    fn half_of_the_ports_may_be_taken_over_but_no_reserved_one() {
+        let ports = Ports::parse("32768\t60999\n", "\n").unwrap();
+        assert_eq!((ports.first, ports.count), (46_884, 14_115));
+        let picked = |ports: &Ports| (0..100_000).filter_map(|n| ports.pick(n)).collect::<BTreeSet<u16>>();
+        let all = picked(&ports);
+        assert_eq!((all.len(), all.first(), all.last()), (14_115, Some(&46_884), Some(&60_998)));
+        let some = Ports::parse("20000 20019", "20010,20012-20014,1").unwrap();
+        assert_eq!(picked(&some).into_iter().collect::<Vec<_>>(), [20_011, 20_015, 20_016, 20_017, 20_018]);
+        for (range, reserved) in [("20000 20019", "20000-20019"), ("20000 20001", ""), ("20000 20000", "")] {
+            assert!(picked(&Ports::parse(range, reserved).unwrap()).is_empty(), "{range}, {reserved}");
+        }
+        assert_eq!(Ports::parse("20000", ""), None);
+        assert_eq!(Ports::parse("20001 20000", ""), None);
+        assert_eq!(Ports::parse("1 2", "x"), None);
+        assert!(Ports::of_the_kernel().count > 0);
     }
 }

@@ -1,6 +1,6 @@
 //! Selecting a backend for a flow and connecting to it.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -20,6 +20,9 @@ use crate::share::PoolShare;
 use crate::stats::Shed;
 use crate::tcp;
 use crate::towards::{ANY_SOURCE, SocketError, Spent, Towards};
+
+/// Connects of a flow to one backend from ports that are taken over: each may be in use after all.
+const TAKEN_OVER_MAX: u8 = 4;
 
 impl<I: Io> Worker<I> {
     /// Selects a backend that the flow has not tried and connects to it.
@@ -89,20 +92,23 @@ impl<I: Io> Worker<I> {
         }
     }
 
-    /// No port was left: connects to the same backend from another source address. False: there is none.
+    /// No port was left: connects to the same backend from another source address, or from a port that rests. False: there is
+    /// none.
     pub(super) fn connect_from_another(&mut self, index: u32) -> Result<bool, EnterError> {
         let Some(slot) = self.flows.get_mut(index) else { return Ok(false) };
         let target = &mut self.listeners[usize::from(slot.listener)].targets[usize::from(slot.target)];
         let selected = slot.open.as_ref().and_then(|open| target.address_of(open.live()));
         let Some(address) = selected else { return Ok(false) };
-        // Of a client there is one address, and it is nobody else's.
-        if !target.towards.is_transparent() {
+        // Of a client there is one address, and it is nobody else's; and a port that was taken over in vain was one of many.
+        if !target.towards.is_transparent() && slot.sources.taken_over == 0 {
+            target.towards.note_ports_out(address);
             let bound = slot.backend.as_ref().and_then(|socket| rustix::net::getsockname(socket).ok());
             let bound = bound.and_then(|bound| SocketAddr::try_from(bound).ok());
             let source = bound.map(|bound| bound.ip()).filter(|ip| !ip.is_unspecified());
             target.spent.note(address, source.unwrap_or(ANY_SOURCE), self.now.timestamp());
         }
-        if slot.sources.left == 0 || !slot.flow.awaits_connect() {
+        let may_take_over = !target.towards.is_transparent() && slot.sources.taken_over < TAKEN_OVER_MAX;
+        if slot.sources.left == 0 && !may_take_over || !slot.flow.awaits_connect() {
             return Ok(false);
         }
         if let Some(failed) = slot.backend.take() {
@@ -162,25 +168,30 @@ impl<I: Io> Worker<I> {
         let Some(slot) = self.flows.get_mut(index) else { return Err(NoSocket::AtAll(Shed::Memory)) };
         let Target { towards, spent, .. } =
             &mut self.listeners[usize::from(slot.listener)].targets[usize::from(slot.target)];
-        let sources = towards.sources(&address);
-        let mut source = None;
-        if !sources.is_empty() {
-            source = Some(rested(&mut slot.sources, sources, spent, address, now)?);
-        } else if spent.rests(address, ANY_SOURCE, now) {
-            return Err(NoSocket::ForThisBackend(Shed::Ports));
-        }
+        let mut source = next_source(&mut slot.sources, towards, spent, address, now)?;
         let socket = towards.socket(address.ip())?;
-        if towards.is_transparent() {
-            bind_as(&socket, slot.client_address(), &address)?;
-        }
-        while let Some(from) = source {
-            let _ = uring::bind_address_no_port(socket.as_fd());
-            match rustix::net::bind(&socket, &SocketAddr::new(from, 0)) {
+        loop {
+            let (from, bound) = match source {
+                Source::Routed => break,
+                Source::Client => {
+                    bind_as(&socket, slot.client_address(), &address)?;
+                    break;
+                }
+                Source::Ours(from) => {
+                    let _ = uring::bind_address_no_port(socket.as_fd());
+                    (from, rustix::net::bind(&socket, &SocketAddr::new(from, 0)))
+                }
+                Source::Resting(from) => match spent.bind_to_resting(&socket, from) {
+                    Ok(false) => return Err(NoSocket::ForThisBackend(Shed::Ports)),
+                    bound => (from, bound.map(drop)),
+                },
+            };
+            match bound {
                 Ok(()) => break,
                 // It is no longer an address of this host, or has no port left for anybody.
                 Err(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE) => {
                     spent.note(address, from, now);
-                    source = Some(rested(&mut slot.sources, sources, spent, address, now)?);
+                    source = next_source(&mut slot.sources, towards, spent, address, now)?;
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -264,20 +275,47 @@ impl From<SocketError> for NoSocket {
     }
 }
 
-/// The next source address that had ports left for a backend when it was last tried.
-fn rested(
+/// Where a connection comes from.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    /// From an address and a port of the kernel's choice.
+    Routed,
+    /// From the client's address.
+    Client,
+    /// From an address of ours, and a port of the kernel's choice.
+    Ours(IpAddr),
+    /// From there, and a port that may rest from a connection that is over.
+    Resting(IpAddr),
+}
+
+/// The next source that had ports left for a backend when it was last tried; then a few times one whose ports rest.
+fn next_source(
     left: &mut Sources,
-    sources: &[IpAddr],
+    towards: &Towards,
     spent: &Spent,
     backend: SocketAddr,
     now: Timestamp,
-) -> Result<IpAddr, NoSocket> {
+) -> Result<Source, NoSocket> {
+    if towards.is_transparent() {
+        return Ok(Source::Client);
+    }
+    let sources = towards.sources(&backend);
+    if sources.is_empty() && !spent.rests(backend, ANY_SOURCE, now) {
+        return Ok(Source::Routed);
+    }
     while let Some(source) = left.take(sources) {
         if !spent.rests(backend, source, now) {
-            return Ok(source);
+            return Ok(Source::Ours(source));
         }
     }
-    Err(NoSocket::ForThisBackend(Shed::Ports))
+    if left.taken_over >= TAKEN_OVER_MAX {
+        return Err(NoSocket::ForThisBackend(Shed::Ports));
+    }
+    let unspecified = match backend {
+        SocketAddr::V4(_) => ANY_SOURCE,
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    Ok(Source::Resting(left.take_over(sources).unwrap_or(unspecified)))
 }
 
 /// Where the client's first bytes are there already: a server that speaks first must not be kept waiting for them.

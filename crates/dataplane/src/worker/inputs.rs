@@ -208,7 +208,8 @@ impl<I: Io> Worker<I> {
         }
         let shed = local_failure(-result);
         if shed == Some(Shed::Ports) && self.connect_from_another(index)? {
-            return Ok(None);
+            // Where that failed at once.
+            return Ok(self.followups.pop_front());
         }
         self.count_failed_connect(index, shed.ok_or_else(|| failure_of(result)));
         Ok(Some(Input::ConnectFailed))

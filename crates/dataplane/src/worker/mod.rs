@@ -344,6 +344,7 @@ impl<I: Io> Worker<I> {
 
     /// Gives the flow an input, does what it says, and so on until it has nothing more to say.
     fn drive(&mut self, index: u32, input: Input) -> Result<(), EnterError> {
+        debug_assert!(self.followups.is_empty(), "they are another flow's");
         let now = self.now.timestamp();
         let mut next = Some(input);
         let mut outputs = std::mem::take(&mut self.outputs);

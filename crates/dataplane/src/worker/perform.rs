@@ -129,6 +129,11 @@ impl<I: Io> Worker<I> {
         // After our FIN, the error no longer tells whether a reset came after theirs (`Worker::watch_input`). Who is received from
         // says by itself that it has ended.
         let said_all = slot.in_flight & bit(recv_op(to)) == 0 && fin_waits(socket);
+        if to == Side::Backend {
+            // Who sends FIN first keeps the port until all that was on its way is gone (`TIME_WAIT`, RFC 9293 3.6.1). Another
+            // connection of ours may take it over (`Spent::bind_to_resting`).
+            let _ = sockopt::set_socket_reuseaddr(socket, true);
+        }
         // Fails when the peer has reset the connection, which its receive will say.
         let _ = rustix::net::shutdown(socket, Shutdown::Write);
         slot.said_all[to as usize] |= said_all;

@@ -127,6 +127,8 @@ pub(super) struct Moved {
 pub(super) struct Sources {
     next: u8,
     pub(super) left: u8,
+    /// Connects from ports that were taken over.
+    pub(super) taken_over: u8,
 }
 
 impl Sources {
@@ -136,6 +138,13 @@ impl Sources {
         let source = all.get(usize::from(self.next)).copied();
         self.next = if usize::from(self.next) + 1 < all.len() { self.next + 1 } else { 0 };
         source
+    }
+
+    /// The next of these after all were tried, for a connect from a port that is taken over.
+    pub(super) fn take_over(&mut self, all: &[IpAddr]) -> Option<IpAddr> {
+        let place = (usize::from(self.next) + usize::from(self.taken_over)).checked_rem(all.len());
+        self.taken_over += 1;
+        all.get(place?).copied()
     }
 }
 
@@ -206,7 +215,7 @@ impl Target {
         let count = self.towards.sources(backend).len();
         self.source_turn = self.source_turn.wrapping_add(1);
         // There are a few dozens at most.
-        Sources { next: (self.source_turn % count.max(1)) as u8, left: count as u8 }
+        Sources { next: (self.source_turn % count.max(1)) as u8, left: count as u8, taken_over: 0 }
     }
 
     /// The pool's table, read once per batch.
