@@ -107,9 +107,8 @@ impl Floor {
         listener.listen(BACKLOG)?;
         let listener = TcpListener::from(listener);
         ring.accept(listener.as_fd(), token(Op::Accept, 0))?;
-        let datagrams = arguments.udp.then(|| UdpSocket::bind(arguments.listen)).transpose()?;
+        let datagrams = arguments.udp.then(|| bind_datagrams(arguments.listen)).transpose()?;
         if let Some(socket) = &datagrams {
-            SockRef::from(socket).set_recv_buffer_size(RECEIVE_BUFFER)?;
             ring.recv_datagrams(socket.as_fd(), token(Op::Datagrams, 0))?;
         }
         Ok(Self {
@@ -328,6 +327,14 @@ impl Floor {
         }
         Ok(())
     }
+}
+
+fn bind_datagrams(listen: SocketAddr) -> anyhow::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(listen), Type::DGRAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
+    socket.bind(&listen.into()).context("binding for datagrams")?;
+    Ok(socket.into())
 }
 
 fn tune(socket: &Socket) -> anyhow::Result<()> {
