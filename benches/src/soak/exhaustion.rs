@@ -38,8 +38,6 @@ const ATTEMPT_EVERY: Duration = Duration::from_millis(50);
 const BUSY_MAX: f64 = 15.0;
 /// Until somebody new is served.
 const RECOVERY: Duration = Duration::from_secs(1);
-/// Ports of connections that ended in good order are given again by the kernel after a second (`tcp_tw_reuse`).
-const TIME_WAIT: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What runs out.
@@ -68,13 +66,6 @@ impl Want {
         match self {
             Self::Descriptors => "descriptors",
             Self::Ports { .. } => "ports",
-        }
-    }
-
-    fn recovery(self) -> Duration {
-        match self {
-            Self::Ports { orderly: true } => RECOVERY + TIME_WAIT,
-            _ => RECOVERY,
         }
     }
 }
@@ -133,7 +124,7 @@ fn exhaust(
         Some(took) => report.at_most(
             &format!("{name}: until somebody new is served"),
             took.as_secs_f64(),
-            want.recovery().as_secs_f64(),
+            RECOVERY.as_secs_f64(),
             "s",
         ),
         None => report.check(&format!("{name}: until somebody new is served"), "never", "served", false),

@@ -101,7 +101,9 @@ impl<I: Io> Worker<I> {
         let Some(address) = selected else { return Ok(false) };
         // Of a client there is one address, and it is nobody else's; and a port that was taken over in vain was one of many.
         if !target.towards.is_transparent() && slot.sources.taken_over == 0 {
-            target.towards.note_ports_out(address);
+            if slot.sources.left == 0 {
+                target.towards.note_ports_out(address);
+            }
             let bound = slot.backend.as_ref().and_then(|socket| rustix::net::getsockname(socket).ok());
             let bound = bound.and_then(|bound| SocketAddr::try_from(bound).ok());
             let source = bound.map(|bound| bound.ip()).filter(|ip| !ip.is_unspecified());
