@@ -1,7 +1,7 @@
 //! Where connections to resources come from: the client's address, or several of ours. In networks of our own.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -268,6 +268,51 @@ fn each_source_address_brings_its_ports_and_without_any_left_flows_are_shed_unti
         reset(flows.remove(0));
         drop(until("a port is back", || network.inside(|| greeted(to(flows.len())))));
     }
+}
+
+/// A socket for datagrams has its port alone on all of the host, so whoever sends us datagrams from ever new addresses uses ports up.
+#[test]
+fn datagrams_leave_the_host_ports() {
+    let network = Namespace::new();
+    network.shell("echo 20000 20199 > /proc/sys/net/ipv4/ip_local_port_range");
+    let (listener, backend): (SocketAddr, SocketAddr) =
+        ("127.0.0.1:7001".parse().expect("one"), "127.0.0.1:5000".parse().expect("one"));
+    let config =
+        format!("[[pool]]\nname = \"dns\"\n[[listener]]\nbind = \"udp://{listener}\"\npool = \"dns\"\n");
+    let _inside = Inside::start_with(&network, &config, &[("dns", backend)], &["--no-check"]);
+    network.inside(|| {
+        let server = UdpSocket::bind(backend).expect("nobody has it");
+        let clients: Vec<_> = (0..PORTS as u16)
+            .map(|n| {
+                UdpSocket::bind(SocketAddr::from(([127, 2, 0, n as u8], 30_000))).expect("nobody has it")
+            })
+            .collect();
+        for client in &clients {
+            client.send_to(b"?", listener).expect("it is sent");
+        }
+        server.set_nonblocking(true).expect("it is allowed");
+        let shed = || {
+            let listener = format!("udp://{listener}");
+            Metrics::scrape(HTTP.parse().expect("an address"))
+                .sum("trimtab_sheds_total", &[("listener", &listener), ("reason", "ports")])
+        };
+        let mut heard = 0.0;
+        until("everybody is served or turned away", || {
+            while server.recv(&mut [0]).is_ok() {
+                heard += 1.0;
+            }
+            (heard + shed() == PORTS as f64).then_some(())
+        });
+        assert!(heard > PORTS as f64 / 2.0, "{heard} of {PORTS} were served");
+        // As a resolver would.
+        let others: Vec<_> = (0..PORTS / 10)
+            .map(|_| {
+                let other = UdpSocket::bind("0.0.0.0:0").expect("there are ports left");
+                other.connect("127.0.0.53:53").map(|()| other)
+            })
+            .collect();
+        assert!(others.iter().all(Result::is_ok), "{others:?}");
+    });
 }
 
 /// Answers a byte and closes when it is told that no more comes.

@@ -41,6 +41,8 @@ pub(crate) struct Towards {
     /// The system's congestion control paces.
     system_paces: bool,
     ports_out_said: AtomicBool,
+    /// What flows of datagrams may have of the host's ports; `None`: as the kernel gives them.
+    datagram_ports: Option<RangeInclusive<u16>>,
 }
 
 impl Towards {
@@ -55,6 +57,7 @@ impl Towards {
         let (ipv4, ipv6) = sources.iter().partition(|source| source.is_ipv4());
         let keepalive = config.options.keepalive.over(keepalive);
         let system_paces = tcp::system_paces();
+        let datagram_ports = datagram_ports(&kernels("ip_local_port_range"));
         Self {
             pool,
             config,
@@ -64,6 +67,7 @@ impl Towards {
             refusals: Refusals::default(),
             system_paces,
             ports_out_said: AtomicBool::new(false),
+            datagram_ports,
         }
     }
 
@@ -143,6 +147,11 @@ impl Towards {
     /// Counts what a connection goes without, or fails for, and says it the first time.
     pub(crate) fn note(&self, refused: &Refused) {
         self.refusals.note(self.pool.as_str(), refused);
+    }
+
+    /// What flows of datagrams may have of the host's ports.
+    pub(crate) fn datagram_ports(&self) -> Option<RangeInclusive<u16>> {
+        self.datagram_ports.clone()
     }
 
     /// Says the first time that ports ran out.
@@ -264,15 +273,13 @@ struct Ports {
 
 impl Ports {
     fn of_the_kernel() -> Self {
-        let read =
-            |name: &str| std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
-        Self::parse(&read("ip_local_port_range"), &read("ip_local_reserved_ports")).unwrap_or_default()
+        let [range, reserved] = ["ip_local_port_range", "ip_local_reserved_ports"].map(kernels);
+        Self::parse(&range, &reserved).unwrap_or_default()
     }
 
     /// `32768 60999`, and `8080,9000-9100`.
     fn parse(range: &str, reserved: &str) -> Option<Self> {
-        let mut ends = range.split_ascii_whitespace().map(str::parse::<u16>);
-        let (first, last) = (ends.next()?.ok()?, ends.next()?.ok()?);
+        let (first, last) = parse_range(range)?;
         let count = last.checked_sub(first)? / 2;
         let one = |text: &str| {
             let (from, to) = text.split_once('-').unwrap_or((text, text));
@@ -295,6 +302,26 @@ impl Ports {
 
 /// Stands for the source address that the kernel chooses.
 pub(crate) const ANY_SOURCE: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+
+/// What the kernel has set under this name; empty where it does not say.
+fn kernels(name: &str) -> String {
+    std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default()
+}
+
+fn parse_range(range: &str) -> Option<(u16, u16)> {
+    let mut ends = range.split_ascii_whitespace().map(str::parse);
+    Some((ends.next()?.ok()?, ends.next()?.ok()?))
+}
+
+/// All ports of the range but its last eighth.
+///
+/// A connected UDP socket has its port alone, whatever it is connected to (`udp_lib_get_port` in net/ipv4/udp.c), and anybody who sends
+/// datagrams makes us open them: without something left, this host could not even look a name up.
+fn datagram_ports(range: &str) -> Option<RangeInclusive<u16>> {
+    let (first, last) = parse_range(range)?;
+    let left = last.checked_sub(first)? / 8;
+    (left > 0).then(|| first..=last - left)
+}
 
 #[cfg(test)]
 mod tests {
@@ -337,5 +364,7 @@ mod tests {
         assert_eq!(Ports::parse("20001 20000", ""), None);
         assert_eq!(Ports::parse("1 2", "x"), None);
         assert!(Ports::of_the_kernel().count > 0);
+        assert_eq!(datagram_ports("32768\t60999\n"), Some(32_768..=57_471));
+        assert_eq!((datagram_ports("1 7"), datagram_ports("7 1"), datagram_ports("")), (None, None, None));
     }
 }

@@ -33,7 +33,7 @@ pub use datagrams::{
 pub use lent::Lent;
 pub use ring::{Completion, EnterError, Ring, Setup, SetupError, Wait};
 pub use socket::{
-    bind_address_no_port, defer_accept, fast_open, fast_open_connect, receive_destination, receive_trains,
-    sent_nothing_for, set_receive_low_water,
+    bind_address_no_port, defer_accept, fast_open, fast_open_connect, local_ports, receive_destination,
+    receive_trains, sent_nothing_for, set_receive_low_water,
 };
 pub use token::{Op, Token};

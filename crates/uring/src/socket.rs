@@ -1,6 +1,7 @@
 //! The few socket options that no safe library sets or asks for.
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
@@ -12,6 +13,18 @@ use std::time::Duration;
 /// As `setsockopt(2)`.
 pub fn bind_address_no_port(socket: BorrowedFd<'_>) -> io::Result<()> {
     set(socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)
+}
+
+/// Leaves the choice of the local port to the kernel, but from these (`IP_LOCAL_PORT_RANGE`, `ip(7)`, Linux 6.3; it serves IPv6
+/// sockets too) and those of `net.ipv4.ip_local_port_range`.
+///
+/// # Errors
+/// As `setsockopt(2)`; `ENOPROTOOPT` from older kernels.
+pub fn local_ports(socket: BorrowedFd<'_>, ports: RangeInclusive<u16>) -> io::Result<()> {
+    /// linux/in.h; the libc crate does not have it.
+    const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
+    let value = u32::from(*ports.end()) << 16 | u32::from(*ports.start());
+    set(socket, libc::IPPROTO_IP, IP_LOCAL_PORT_RANGE, value.cast_signed())
 }
 
 /// Accepts a connection only when its first bytes are there, or after `seconds` (`TCP_DEFER_ACCEPT`, `tcp(7)`; the kernel

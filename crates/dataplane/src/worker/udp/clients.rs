@@ -411,6 +411,10 @@ impl<I: Io> Worker<I> {
         let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let socket = rustix::net::socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
         let target = &mut self.listeners[listener].targets[usize::from(target)];
+        if let Some(ports) = target.towards.datagram_ports() {
+            // An older kernel gives all of them.
+            let _ = uring::local_ports(socket.as_fd(), ports);
+        }
         if let Some(source) = target.sources(address).take(target.towards.sources(address)) {
             let _ = uring::bind_address_no_port(socket.as_fd());
             rustix::net::bind(&socket, &SocketAddr::new(source, 0))?;
