@@ -49,8 +49,8 @@ pub fn run(arguments: &FloorArguments) -> anyhow::Result<()> {
         for completion in completions.drain(..) {
             floor.take(completion)?;
         }
-        for (token, socket) in std::mem::take(&mut floor.starved) {
-            floor.receive_again(token, socket)?;
+        for token in std::mem::take(&mut floor.starved) {
+            floor.receive_again(token)?;
         }
     }
 }
@@ -66,7 +66,7 @@ struct Floor {
     clients: HashMap<SocketAddr, usize>,
     answers: Vec<(Socket, SocketAddr)>,
     /// Receives that found no buffer.
-    starved: Vec<(Token, Side)>,
+    starved: Vec<Token>,
 }
 
 /// The client's is 0, the backend's 1.
@@ -197,7 +197,7 @@ impl Floor {
                     self.receive(slot, side)?;
                 }
             }
-            _ if starved => self.starved.push((completion.token, side)),
+            _ if starved => self.starved.push(completion.token),
             (_, result) => {
                 flow.ended[side] = true;
                 flow.broken |= result.is_err();
@@ -207,14 +207,12 @@ impl Floor {
         self.end_if_over(slot)
     }
 
-    fn receive_again(&mut self, starved: Token, side: Side) -> anyhow::Result<()> {
+    fn receive_again(&mut self, starved: Token) -> anyhow::Result<()> {
+        let slot = starved.slot as usize;
         match (starved.op, &self.datagrams) {
             (Op::Datagrams, Some(socket)) => Ok(self.ring.recv_datagrams(socket.as_fd(), starved)?),
-            (Op::Answers, _) => {
-                let (socket, _) = &self.answers[starved.slot as usize];
-                Ok(self.ring.recv_connected(socket.as_fd(), starved)?)
-            }
-            _ => self.receive(starved.slot as usize, side),
+            (Op::Answers, _) => Ok(self.ring.recv_connected(self.answers[slot].0.as_fd(), starved)?),
+            (op, _) => self.receive(slot, usize::from(op == RECEIVES[1])),
         }
     }
 
@@ -298,7 +296,7 @@ impl Floor {
             self.ring.send_datagrams(self.answers[flow].0.as_fd(), (None, None), &[part], 0, token)?;
         }
         if !completion.more {
-            self.starved.push((completion.token, 0));
+            self.starved.push(completion.token);
         }
         Ok(())
     }
@@ -323,7 +321,7 @@ impl Floor {
             self.ring.send_datagrams(socket.as_fd(), (Some(&client), None), &[part], 0, token)?;
         }
         if !completion.more {
-            self.starved.push((completion.token, 0));
+            self.starved.push(completion.token);
         }
         Ok(())
     }

@@ -102,22 +102,25 @@ fn in_a_row() -> [Namespace; 3] {
     [client, balancer, resource]
 }
 
-/// Tells each connection who it is from, and says back what it says.
-fn tell_peers(network: &Namespace, address: SocketAddr) {
+/// A resource: what it does with each connection.
+fn serve(network: &Namespace, address: SocketAddr, each: fn(TcpStream)) {
     network.inside(|| {
         let listener = listen(address);
         std::thread::spawn(move || {
-            for mut stream in listener.incoming().map_while(Result::ok) {
-                let peer = stream.peer_addr().expect("it is connected");
-                std::thread::spawn(move || {
-                    // A client that is gone is its own affair.
-                    let _ = writeln!(stream, "{}", peer.ip());
-                    let back = stream.try_clone().expect("a descriptor");
-                    let _ = std::io::copy(&mut BufReader::new(back), &mut stream);
-                });
+            for stream in listener.incoming().map_while(Result::ok) {
+                std::thread::spawn(move || each(stream));
             }
         });
     });
+}
+
+/// Says who the connection is from, and says back what it says.
+fn tell_peer(mut stream: TcpStream) {
+    let peer = stream.peer_addr().expect("it is connected");
+    // A client that is gone is its own affair.
+    let _ = writeln!(stream, "{}", peer.ip());
+    let back = stream.try_clone().expect("a descriptor");
+    let _ = std::io::copy(&mut BufReader::new(back), &mut stream);
 }
 
 /// Who the resource says that a connection is from, and a megabyte there and back.
@@ -167,7 +170,7 @@ fn resources_see_the_clients_own_addresses() {
          [[listener]]\nbind = \"tcp://{v6}\"\npool = \"six\"\n\
          [[listener]]\nbind = \"tcp://{crossed}\"\npool = \"six\"\n"
     );
-    (0..2).for_each(|family| tell_peers(&resource, backend(family)));
+    (0..2).for_each(|family| serve(&resource, backend(family), tell_peer));
     let inside = Inside::start(&balancer, &config, &[("four", backend(0)), ("six", backend(1))]);
     for (family, listener) in [v4, v6].into_iter().enumerate() {
         for _ in 0..3 {
@@ -263,6 +266,8 @@ fn each_source_address_brings_its_ports_and_without_any_left_flows_are_shed_unti
         // Where something listens at another address of ours, a port may be found by number after all.
         let more: Vec<_> = (0..20).filter_map(|_| network.inside(|| greeted(to(flows.len())))).collect();
         assert!(flows.len() + more.len() <= sources * PORTS, "{} and {} flows", flows.len(), more.len());
+        let refused = (21 - more.len()) as f64;
+        until("each of the others is counted", || (inside.sheds(all, "ports") == refused).then_some(()));
         let turns = inside.metric("trimtab_enters_total", &[]) - enters;
         assert!(turns < 400.0, "{turns} turns of the loop for 20 clients that were refused");
         reset(flows.remove(0));
@@ -316,22 +321,12 @@ fn datagrams_leave_the_host_ports() {
 }
 
 /// Answers a byte and closes when it is told that no more comes.
-fn answer_one(network: &Namespace, address: SocketAddr) {
-    network.inside(|| {
-        let listener = listen(address);
-        std::thread::spawn(move || {
-            for mut stream in listener.incoming().map_while(Result::ok) {
-                std::thread::spawn(move || {
-                    let mut byte = [0];
-                    // An agent that only looks whether we are here says nothing.
-                    if let Ok(1) = stream.read(&mut byte) {
-                        let _ = stream.write_all(&byte);
-                        let _ = stream.read(&mut byte);
-                    }
-                });
-            }
-        });
-    });
+fn answer_one(mut stream: TcpStream) {
+    let mut byte = [0];
+    if let Ok(1) = stream.read(&mut byte) {
+        let _ = stream.write_all(&byte);
+        let _ = stream.read(&mut byte);
+    }
 }
 
 /// A client that closes first leaves the balancer's port towards the resource resting for a minute. There is no wait for it.
@@ -350,7 +345,7 @@ fn ports_that_rest_are_taken_over() {
                   [[listener]]\nbind = \"tcp://0.0.0.0:7001\"\npool = \"one\"\n\
                   [[listener]]\nbind = \"tcp://0.0.0.0:7002\"\npool = \"two\"\n\
                   [[listener]]\nbind = \"tcp://0.0.0.0:7003\"\npool = \"six\"\n";
-    backends.iter().for_each(|address| answer_one(&network, *address));
+    backends.iter().for_each(|address| serve(&network, *address, answer_one));
     let pools = ["one", "two", "six"];
     let resources: Vec<_> = pools.into_iter().zip(backends).collect();
     // The agents' own looks at the resources would find no port: they are on the balancer's host here.
@@ -442,17 +437,10 @@ fn first_bytes_go_with_the_syn_and_servers_may_speak_first_all_the_same() {
 /// More than the balancer holds of a flow, and no more than its receive buffer takes beside that.
 const DOWNLOAD: usize = 2 << 20;
 
-/// Sends everybody a download, and has nothing more to do with it.
-fn send_and_close(network: &Namespace, address: SocketAddr) {
-    network.inside(|| {
-        let listener = listen(address);
-        std::thread::spawn(move || {
-            for mut stream in listener.incoming().map_while(Result::ok) {
-                // An agent that only looks whether we are here does not read it.
-                std::thread::spawn(move || drop(stream.write_all(&vec![7; DOWNLOAD])));
-            }
-        });
-    });
+/// Sends a download, and has nothing more to do with it.
+fn send_and_close(mut stream: TcpStream) {
+    // An agent that only looks whether we are here does not read it.
+    let _ = stream.write_all(&vec![7; DOWNLOAD]);
 }
 
 /// Whether the network has a connection from this port or to it in one of these states (of `proc_net_tcp(5)`).
@@ -486,7 +474,7 @@ fn a_slow_download_is_whole_though_its_server_is_long_forgotten() {
     let config =
         [pool("asks", "1s"), pool("trusts", "0s"), listener(7001, "asks"), listener(7002, "trusts")].concat();
     let servers = [5001, 5002].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
-    servers.iter().for_each(|server| send_and_close(&network, *server));
+    servers.iter().for_each(|server| serve(&network, *server, send_and_close));
     let inside = Inside::start(&network, &config, &[("asks", servers[0]), ("trusts", servers[1])]);
     for (port, server, says_fin) in [(7001, servers[0], false), (7002, servers[1], true)] {
         let balancer = SocketAddr::from(([127, 0, 0, 1], port));

@@ -24,10 +24,10 @@ const ON_THE_GO: u32 = 10;
 /// Connections that an address holds without a word, beside.
 const SILENT: usize = 150;
 const SYNS_PER_SECOND: u32 = 5_000;
-/// A connection that is not accepted in time is given up.
 /// A server whose queue of connections overflows forgets some that its clients have, and answers nothing to them: without this the
 /// kernel asks for a quarter of an hour.
 const FORGOTTEN: &str = "[pool.tcp]\nuser_timeout = \"30s\"\n";
+/// A connection that is not accepted in time is given up.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Of the limits: enough for anyone who works, and all of the flood's addresses together leave PostgreSQL (200 connections) room.
 const LIMITS: &str = "[listener.limits]\nflows_per_client = 8\nnew_flows_per_client_per_second = 20\n";

@@ -290,8 +290,9 @@ mod tests {
         for backends in [3, 24] {
             let mut pool = ProbePool::new(ProbeKnobs::default(), 1);
             pool.renumber(1, backends);
-            for n in 0..backends as u32 {
-                pool.answer(1, BackendIndex(n), if n % 3 == 0 { 500 } else { 1 }, 10, at(0));
+            for n in 0..backends.max(16) {
+                let index = (n % backends) as u32;
+                pool.answer(1, BackendIndex(index), if index.is_multiple_of(3) { 500 } else { 1 }, 10, at(0));
             }
             let chosen: Vec<u32> =
                 (0..200).filter_map(|_| Some(pool.choose(1, at(5), |_| true)?.0.0)).collect();

@@ -29,7 +29,6 @@ impl<I: Io> Worker<I> {
     pub(super) fn connect(&mut self, index: u32) -> Result<(), EnterError> {
         if let Some(failed) = self.flows.get_mut(index).and_then(|slot| slot.backend.take()) {
             self.ring.close(failed)?;
-            self.made_room(index);
         }
         if !self.take_place(index) {
             return Ok(());
@@ -92,15 +91,19 @@ impl<I: Io> Worker<I> {
         }
     }
 
-    /// No port was left: connects to the same backend from another source address, or from a port that rests. False: there is
-    /// none.
+    /// No port was left: connects to the same backend from another source address, or from a port that rests. False: that is not
+    /// to be tried.
     pub(super) fn connect_from_another(&mut self, index: u32) -> Result<bool, EnterError> {
         let Some(slot) = self.flows.get_mut(index) else { return Ok(false) };
         let target = &mut self.listeners[usize::from(slot.listener)].targets[usize::from(slot.target)];
         let selected = slot.open.as_ref().and_then(|open| target.address_of(open.live()));
         let Some(address) = selected else { return Ok(false) };
-        // Of a client there is one address, and it is nobody else's; and a port that was taken over in vain was one of many.
-        if !target.towards.is_transparent() && slot.sources.taken_over == 0 {
+        // Of a client there is one address, and it is nobody else's.
+        if target.towards.is_transparent() {
+            return Ok(false);
+        }
+        // A port that was taken over in vain was one of many.
+        if slot.sources.taken_over == 0 {
             if slot.sources.left == 0 {
                 target.towards.note_ports_out(address);
             }
@@ -109,8 +112,7 @@ impl<I: Io> Worker<I> {
             let source = bound.map(|bound| bound.ip()).filter(|ip| !ip.is_unspecified());
             target.spent.note(address, source.unwrap_or(ANY_SOURCE), self.now.timestamp());
         }
-        let may_take_over = !target.towards.is_transparent() && slot.sources.taken_over < TAKEN_OVER_MAX;
-        if slot.sources.left == 0 && !may_take_over || !slot.flow.awaits_connect() {
+        if !slot.flow.awaits_connect() {
             return Ok(false);
         }
         if let Some(failed) = slot.backend.take() {

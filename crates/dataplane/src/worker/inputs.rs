@@ -231,6 +231,7 @@ impl<I: Io> Worker<I> {
                 open.connect_failed(failure, self.now.timestamp());
             }
             slot.tried.push(Arc::clone(open.live()));
+            self.made_room(index);
         }
     }
 }
